@@ -1,0 +1,57 @@
+# Two commands do everything: `make serve` and `make test`. See README.md.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint types schema lock clean
+
+help: ## Show what there is
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.proxy ## Make the proxy's own environment in .venv, and nothing else
+
+$(VENV)/bin/uv: proxy/requirements-uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Polyvox needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r proxy/requirements-uv.txt
+	@touch $@
+
+$(VENV)/.proxy: $(VENV)/bin/uv proxy/requirements.txt pyproject.toml
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r proxy/requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+	@echo "ready: $(BIN)/polyvox"
+
+$(VENV)/.test: $(VENV)/.proxy tests/requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r tests/requirements.txt
+	@touch $@
+
+serve: setup ## Run a small model and the proxy on 127.0.0.1:8000 (more options: make serve ARGS="--port 9000")
+	@exec $(BIN)/polyvox serve $(ARGS)
+
+test: $(VENV)/.test lint types ## Run every check and test, real vLLM engines included
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.test ## Check style (ruff) and the import floors (import-linter)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.test ## Check types (mypy --strict)
+	$(BIN)/mypy
+
+schema: setup ## Write config/polyvox.schema.json anew from the code
+	$(BIN)/polyvox schema > config/polyvox.schema.json
+
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --upgrade
+
+lock: setup ## Choose the newest versions of the proxy's and the tests' dependencies anew
+	echo uv | $(COMPILE) - -o proxy/requirements-uv.txt
+	$(COMPILE) pyproject.toml -o proxy/requirements.txt
+	$(COMPILE) pyproject.toml --extra test -c proxy/requirements.txt -o tests/requirements.txt
+
+clean: ## Remove .venv and caches; engines' environments and weights stay where they are
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,192 @@
+"""The `polyvox` command. Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 no server answers."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engines.paths import StatePaths
+from proxy.errors import ConfigError, ServeError
+
+FAILED, USAGE, UNREACHABLE = 1, 2, 3
+
+
+def _state_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    state = click.option(
+        "--state-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="POLYVOX_STATE_DIR",
+        help="Keep all state (environments, weights, logs, sockets) here instead of in the XDG folders.",
+    )
+    data = click.option(
+        "--data-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="POLYVOX_DATA_DIR",
+        help="Keep environments and weights here; servers may share them.",
+    )
+    return state(data(command))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version("polyvox"), prog_name="polyvox")
+def main() -> None:
+    """Many models, one OpenAI API: local vLLM engines first, clouds when needed."""
+
+
+@main.command()
+@click.option("--config", "-c", type=click.Path(path_type=Path), envvar="POLYVOX_CONFIG", help="Configuration file.")
+@click.option("--host", help="Address to listen on [default: server.host, 127.0.0.1].")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on [default: server.port, 8000].")
+@click.option("--workers", type=click.IntRange(1, 256), help="Proxy processes [default: server.workers, 1].")
+@_state_options
+def serve(
+    config: Path | None,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+    state_dir: Path | None,
+    data_dir: Path | None,
+) -> None:
+    """Run the engines and the proxy until Ctrl-C or SIGTERM.
+
+    Without --config: ./polyvox.yaml, then $XDG_CONFIG_HOME/polyvox/polyvox.yaml, then the embedded default,
+    which runs one small model and needs no account, key or GPU.
+    """
+    flags = {"POLYVOX_SERVER__HOST": host, "POLYVOX_SERVER__PORT": port, "POLYVOX_SERVER__WORKERS": workers}
+    environ = {**os.environ, **{name: str(value) for name, value in flags.items() if value is not None}}
+    from proxy import launch
+
+    paths = StatePaths.resolve(state_dir, data_dir)
+    _finish(lambda: launch.main(config or default_config(), environ, paths))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@_state_options
+def check(file: Path | None, state_dir: Path | None, data_dir: Path | None) -> None:
+    """Validate a configuration; show every engine's command line and the memory plan. Starts nothing."""
+    from proxy import checking
+
+    paths = StatePaths.resolve(state_dir, data_dir)
+    _finish(lambda: checking.main(file or default_config(), os.environ, paths))
+
+
+@main.command(hidden=True)
+def schema() -> None:
+    """Print the JSON schema of the configuration."""
+    import json
+
+    from proxy.config import schema
+
+    click.echo(json.dumps(schema(), indent=2))
+
+
+@main.group()
+def engines() -> None:
+    """See and steer the engines of a running server."""
+
+
+@engines.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print the supervisor's report as JSON.")
+@_state_options
+def list_engines(as_json: bool, state_dir: Path | None, data_dir: Path | None) -> None:
+    """List every engine with its state."""
+    import msgspec
+
+    fleet = _ask(state_dir, data_dir, lambda client: client.fleet())
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(fleet), indent=2))
+    else:
+        _show(fleet)
+
+
+def _steering(name: str, doc: str) -> None:
+    @engines.command(name, help=doc)
+    @click.argument("model")
+    @click.option("--replica", type=click.IntRange(0), help="Only this replica [default: all of the model].")
+    @click.option("--wait", is_flag=True, help="Return when it is done, not when it has begun.")
+    @_state_options
+    def command(model: str, replica: int | None, wait: bool, state_dir: Path | None, data_dir: Path | None) -> None:
+        _show(_ask(state_dir, data_dir, lambda client: getattr(client, name)(model, replica=replica, wait=wait)))
+
+
+_steering("load", "Start a model's engines.")
+_steering("unload", "Let a model's engines finish what they do, then stop them and free their memory.")
+_steering("restart", "Stop a model's engines and start them again; a failed one gets a fresh chance.")
+
+
+@engines.command()
+@click.argument("engine")
+@click.option("--lines", "-n", type=click.IntRange(0), default=200, show_default=True, help="Last lines to print.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with new lines as they come.")
+@_state_options
+def logs(engine: str, lines: int, follow: bool, state_dir: Path | None, data_dir: Path | None) -> None:
+    """Print the log of ENGINE: MODEL/REPLICA, or a model, which means its first replica."""
+
+    async def print_log(client: Any) -> None:
+        ids = [e.id for e in (await client.fleet()).engines if engine == e.model]
+        async for text in client.logs(ids[0] if ids else engine, lines=lines, follow=follow):
+            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.flush()
+
+    _ask(state_dir, data_dir, print_log)
+
+
+def default_config() -> Path:
+    """Return the configuration to use when none is named."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    here = Path(__file__).parent
+    embedded = [here / "shipped/polyvox.yaml", here.parent / "config/polyvox.yaml"]
+    candidates = [Path("polyvox.yaml"), home / "polyvox/polyvox.yaml", *embedded]
+    return next((path for path in candidates if path.is_file()), embedded[-1])
+
+
+def _ask(state_dir: Path | None, data_dir: Path | None, question: Callable[[Any], Awaitable[Any]]) -> Any:
+    """Put a question to the running server's supervisor."""
+    from engines.control_client import ControlClient, ControlRefused, ControlUnreachable
+    from proxy.console import fail
+
+    async def ask() -> Any:
+        async with ControlClient(StatePaths.resolve(state_dir, data_dir).control_socket) as client:
+            return await question(client)
+
+    try:
+        return asyncio.run(ask())
+    except ControlUnreachable as e:
+        raise fail(str(e), UNREACHABLE) from None
+    except ControlRefused as e:
+        raise fail(str(e), FAILED) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _show(fleet: Any) -> None:
+    import time
+
+    from proxy.console import print_table
+
+    rows = [
+        (e.id, e.state, f"{time.time() - e.since:.0f} s", e.restarts, e.context_length, e.pid, e.detail)
+        for e in fleet.engines
+    ]
+    print_table(("ENGINE", "STATE", "FOR", "RESTARTS", "CONTEXT", "PID", "DETAIL"), rows)
+
+
+def _finish(run: Callable[[], None]) -> None:
+    from proxy.console import fail
+
+    try:
+        run()
+    except ConfigError as e:
+        raise fail(str(e), USAGE) from None
+    except ServeError as e:
+        raise fail(str(e), FAILED) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The HTTP surface, thin: routes, limits, keys, request ids, and errors in OpenAI's envelope."""
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, cast
+from urllib.parse import unquote
+
+import msgspec
+from litestar import Litestar
+from litestar.handlers import asgi
+from litestar.types import HTTPScope, Receive, Scope, Send
+
+from proxy import sse
+from proxy.auth import Keys
+from proxy.chat import Chat, Headers, Incoming
+from proxy.config import Server
+from proxy.errors import (
+    BodyTooLarge,
+    MethodNotAllowed,
+    RequestError,
+    UnknownPath,
+    UpstreamError,
+    upstream_failure,
+)
+from proxy.probe import LiveRegistry
+from proxy.registry import Model, Registry
+
+# Every path of vLLM's server whose body has a `model`.
+MODEL_PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/embeddings",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+    "/v1/rerank",
+    "/v2/rerank",
+    "/rerank",
+    "/v1/score",
+    "/score",
+    "/classify",
+    "/pooling",
+    "/tokenize",
+    "/detokenize",
+)
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class Api:
+    """The handlers of one worker."""
+
+    def __init__(self, chat: Chat, live: LiveRegistry, keys: Keys, server: Server) -> None:
+        self._chat = chat
+        self._live = live
+        self._keys = keys
+        self._server = server
+        self._started = int(time.time())
+
+    async def model_request(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
+        """Serve a POST whose body names a model."""
+        await self._guarded(scope, receive, send, "POST", self._answer)
+
+    async def rest(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
+        """GET /v1/models, GET /v1/models/{id}, and every path that there is not."""
+        # Litestar has one mount that takes what no route does; ids have slashes, so they need a mount as well.
+        path = unquote(scope["raw_path"].decode("latin-1"))
+        if path == "/v1/models" or path.startswith("/v1/models/"):
+            await self._guarded(scope, receive, send, "GET", self._show_models)
+        else:
+            await self._guarded(scope, receive, send, scope["method"], self._refuse_path)
+
+    async def health(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
+        """GET /health: this process is alive."""
+        await _send_json(send, 200, {"status": "ok"})
+
+    async def ready(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
+        """GET /ready: something can answer; 503 with the state of each model while nothing can."""
+        models = self._live.current.models
+        able = any(model.ready() for model in models.values())
+        body = {
+            "status": "ready" if able else "not ready",
+            "models": {name: {"state": m.state, "detail": m.detail} for name, m in models.items()},
+        }
+        await _send_json(send, 200 if able else 503, body, [] if able else [(b"retry-after", b"5")])
+
+    async def _guarded(
+        self,
+        scope: HTTPScope,
+        receive: Receive,
+        send: Send,
+        method: str,
+        handle: Callable[[HTTPScope, Receive, Send, bytes], Awaitable[None]],
+    ) -> None:
+        """Check method and key, then handle; turn whatever goes wrong into one envelope."""
+        request_id = _request_id(scope["headers"])
+        try:
+            self._keys.check(scope["headers"])
+            if scope["method"] != method:
+                raise MethodNotAllowed(scope["method"], scope["raw_path"].decode("latin-1"), method)
+            await handle(scope, receive, send, request_id)
+        except RequestError as e:
+            await send_error(send, e, request_id, scope["path"])
+        except UpstreamError as e:
+            await send_error(send, upstream_failure(e), request_id, scope["path"])
+
+    async def _answer(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes) -> None:
+        body = await _read_body(scope, receive, self._server.max_body_bytes)
+        if body is None:
+            return
+        request = Incoming(
+            method=scope["method"],
+            path=scope["path"].rstrip("/"),
+            query=scope["query_string"],
+            headers=list(scope["headers"]),
+            body=body,
+            request_id=request_id,
+        )
+        async with _UntilGone(receive):
+            await self._relay(request, send)
+
+    async def _relay(self, request: Incoming, send: Send) -> None:
+        reply = await self._chat.answer(request)
+        try:
+            headers = [*reply.headers, (b"x-request-id", request.request_id)]
+            await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+            try:
+                async for data in reply.body:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            except UpstreamError as e:
+                # The head is sent, so the status can no longer tell. A stream says it in an event of its own;
+                # any other body stays short of its length and the connection is cut: never a false success.
+                if not reply.is_event_stream:
+                    raise _Cut from e
+                event = sse.error_event(upstream_failure(e).envelope())
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await reply.close()
+
+    async def _show_models(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes) -> None:
+        registry = self._live.current
+        name = unquote(scope["raw_path"].decode("latin-1")).removeprefix("/v1/models").strip("/")
+        if name:
+            body = self._card(registry, name)
+        else:
+            body = {"object": "list", "data": [self._card(registry, name) for name in registry.names()]}
+        await _send_json(send, 200, body, [(b"x-request-id", request_id)])
+
+    async def _refuse_path(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes) -> None:
+        path = scope["raw_path"].decode("latin-1")
+        raise UnknownPath(scope["method"], path, (*MODEL_PATHS, "/v1/models", "/health", "/ready"))
+
+    def _card(self, registry: Registry, name: str) -> dict[str, Any]:
+        model: Model = registry.resolve(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "polyvox",
+            "root": model.name,
+            "parent": None,
+            "max_model_len": model.context_length,
+            "state": model.state,
+        }
+
+
+class _Cut(Exception):
+    """The rest of a body that was begun cannot come."""
+
+
+class _UntilGone:
+    """Cancels what happens inside as soon as the client goes away, and then ends quietly."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        # All mutable state: the task inside, the one that listens for the client, and what it heard.
+        self._inside: asyncio.Task[Any] | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._gone = False
+
+    async def __aenter__(self) -> None:
+        self._inside = asyncio.current_task()
+        self._listening = asyncio.create_task(self._listen())
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        assert self._listening
+        assert self._inside
+        self._listening.cancel()
+        if self._gone and kind is asyncio.CancelledError:
+            self._inside.uncancel()
+            return True
+        return False
+
+    async def _listen(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        assert self._inside
+        self._inside.cancel()
+
+
+def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return value
+    return os.urandom(16).hex().encode()
+
+
+async def _read_body(scope: HTTPScope, receive: Receive, limit: int) -> bytes | None:
+    """Return the whole body, or None when the client went away. Raises BodyTooLarge, before reading if told."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and int(value) > limit:
+            raise BodyTooLarge(limit)
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunk = cast(bytes, message.get("body", b""))
+        size += len(chunk)
+        if size > limit:
+            raise BodyTooLarge(limit)
+        chunks.append(chunk)
+        if not message.get("more_body"):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def _send_json(send: Send, status: int, body: object, headers: Headers | None = None) -> None:
+    await _send_bytes(send, status, msgspec.json.encode(body), headers or [])
+
+
+async def _send_bytes(send: Send, status: int, body: bytes, headers: Headers) -> None:
+    length = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": [*length, *headers]})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def send_error(send: Send, error: RequestError, request_id: bytes, path: str) -> None:
+    """Send an error in OpenAI's envelope; on Anthropic's path in one that its clients read as well."""
+    envelope = error.envelope(anthropic=path.startswith("/v1/messages"))
+    await _send_bytes(send, error.status, envelope, [*error.headers(), (b"x-request-id", request_id)])
+
+
+def build_app(api: Api, on_startup: list[Any], on_shutdown: list[Any]) -> Litestar:
+    """Make the ASGI application."""
+    return Litestar(
+        route_handlers=[
+            asgi(list(MODEL_PATHS), copy_scope=False)(_plain(api.model_request)),
+            asgi("/health", copy_scope=False)(_plain(api.health)),
+            asgi("/ready", copy_scope=False)(_plain(api.ready)),
+            asgi("/", is_mount=True, copy_scope=False)(_plain(api.rest)),
+        ],
+        on_startup=on_startup,
+        on_shutdown=on_shutdown,
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+def _plain(method: Callable[[HTTPScope, Receive, Send], Awaitable[None]]) -> Any:
+    """Litestar inspects handlers as functions."""
+
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        await method(cast(HTTPScope, scope), receive, send)
+
+    return handler

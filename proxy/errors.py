@@ -1,0 +1,254 @@
+"""Every error of the proxy.
+
+PolyvoxError
+├── ConfigError                the configuration is wrong: file, line, key, remedy
+├── ServeError                 the server cannot start or go on: what, and what to do
+├── RequestError               what a client is told, in OpenAI's envelope
+│   ├── BadRequest             400
+│   ├── WrongKey               401
+│   ├── UnknownModel           404
+│   ├── UnknownPath            404
+│   ├── MethodNotAllowed       405
+│   ├── BodyTooLarge           413
+│   ├── BadGateway             502
+│   ├── NotReady               503, come back in a moment
+│   ├── EngineStopped          503, somebody has to do something
+│   └── GatewayTimeout         504
+└── UpstreamError              an endpoint did not give a whole, valid answer
+    ├── InvalidRequest         we refused to send it: a header or path that could smuggle; nothing was sent
+    ├── ConnectFailed          no connection: refused, no such socket, name unknown, TLS, transport closed
+    ├── UpstreamTimeout
+    │   ├── ConnectTimeout     no connection in time
+    │   │   └── PoolTimeout    all connections were busy for as long as connecting may take
+    │   ├── FirstByteTimeout   the request was sent, and no answer began in time
+    │   └── BetweenBytesTimeout  the answer began, then stood still
+    ├── MalformedAnswer        what came is not HTTP, or its framing is ambiguous
+    └── TruncatedAnswer        the connection ended before the answer did (perhaps before its first byte)
+"""
+
+import difflib
+from collections.abc import Sequence
+
+import msgspec
+
+
+class PolyvoxError(Exception):
+    """Whatever goes wrong inside the proxy."""
+
+
+class ConfigError(PolyvoxError):
+    """The configuration is wrong. The text names file, line, key and remedy."""
+
+
+class ServeError(PolyvoxError):
+    """The server cannot start, or cannot go on. The text says what to do."""
+
+
+class RequestError(PolyvoxError):
+    """What a client is told instead of an answer. type and code are those that OpenAI's API uses."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+    retry_after: int | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code or self.code
+
+    def envelope(self, *, anthropic: bool = False) -> bytes:
+        """Return the JSON body. Anthropic's clients find their `type` in it, and read the rest as well."""
+        error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"type": "error", "error": error} if anthropic else {"error": error})
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers that belong to this error."""
+        return [(b"retry-after", b"%d" % self.retry_after)] if self.retry_after else []
+
+
+class BadRequest(RequestError):
+    """Something in the request is not as it must be; `param` names the field."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class WrongKey(RequestError):
+    """No key or a wrong one: the same words for both, so that nothing can be learned from them."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("Incorrect API key provided. Send one of this server's keys as 'Authorization: Bearer KEY'.")
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"www-authenticate", b"Bearer")]
+
+
+class UnknownModel(RequestError):
+    """No model or alias has this name."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+    def __init__(self, name: str, near: Sequence[str]) -> None:
+        shown = name if len(name) <= 100 else name[:100] + "..."
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "GET /v1/models lists what there is."
+        super().__init__(f"The model {shown!r} does not exist. {hint}", param="model")
+
+
+class UnknownPath(RequestError):
+    """Nothing is served at this path."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "unknown_url"
+
+    def __init__(self, method: str, path: str, known: Sequence[str]) -> None:
+        shown = path if len(path) <= 100 else path[:100] + "..."
+        near = difflib.get_close_matches(shown, known, n=1)
+        super().__init__(f"Unknown request URL: {method} {shown}." + (f" Did you mean {near[0]}?" if near else ""))
+
+
+class MethodNotAllowed(RequestError):
+    """The path is served, but not with this method."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_supported"
+
+    def __init__(self, method: str, path: str, allowed: str) -> None:
+        super().__init__(f"Not allowed to {method} on {path}; use {allowed}.")
+        self._allowed = allowed
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"allow", self._allowed.encode())]
+
+
+class BodyTooLarge(RequestError):
+    """The body is larger than `server.max_body_bytes`."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request body is larger than this server takes ({limit} bytes, server.max_body_bytes).")
+
+
+class NotReady(RequestError):
+    """The engine of the model is starting, and did not become ready in the time a request waits."""
+
+    status = 503
+    type = "server_error"
+    code = "model_not_ready"
+    retry_after = 5
+
+    def __init__(self, model: str, state: str, detail: str) -> None:
+        super().__init__(f"The model {model!r} is {state}" + (f" ({detail})" if detail else "") + "; try again soon.")
+
+
+class EngineStopped(RequestError):
+    """The engine of the model is stopped, draining or failed."""
+
+    status = 503
+    type = "server_error"
+    code = "model_not_available"
+    retry_after = 30
+
+    def __init__(self, model: str, state: str) -> None:
+        super().__init__(f"The model {model!r} is not available: its engine is {state}.")
+
+
+class BadGateway(RequestError):
+    """The upstream gave no whole, valid answer."""
+
+    status = 502
+    type = "server_error"
+    code = "upstream_error"
+
+
+class GatewayTimeout(RequestError):
+    """The upstream took longer than the model's timeouts allow."""
+
+    status = 504
+    type = "server_error"
+    code = "upstream_timeout"
+
+
+def upstream_failure(error: "UpstreamError") -> RequestError:
+    """Return what a client is told of an upstream's failure."""
+    kind = GatewayTimeout if isinstance(error, UpstreamTimeout) else BadGateway
+    return kind(str(error)[0].upper() + str(error)[1:] + ".")
+
+
+class UpstreamError(PolyvoxError):
+    """An endpoint did not give a whole, valid answer.
+
+    str() is safe to show to a client: it names no path, address or key of the endpoint. `address` is for logs.
+    """
+
+    summary = "the upstream failed"
+
+    def __init__(self, reason: str = "", *, address: str = "") -> None:
+        super().__init__(f"{self.summary}: {reason}" if reason else self.summary)
+        self.reason = reason
+        self.address = address
+
+
+class InvalidRequest(UpstreamError):
+    """We refused to send the request; nothing of it was sent."""
+
+    summary = "the request was not sent"
+
+
+class ConnectFailed(UpstreamError):
+    """No connection could be made; nothing of the request was sent."""
+
+    summary = "cannot connect to the upstream"
+
+
+class UpstreamTimeout(UpstreamError):
+    """The endpoint took longer than it may."""
+
+    summary = "the upstream took too long"
+
+
+class ConnectTimeout(UpstreamTimeout):
+    """No connection in time; nothing of the request was sent."""
+
+    summary = "connecting to the upstream took too long"
+
+
+class PoolTimeout(ConnectTimeout):
+    """Every connection that we may have was busy for as long as connecting may take."""
+
+    summary = "all connections to the upstream are busy"
+
+
+class FirstByteTimeout(UpstreamTimeout):
+    """The request was sent, but the head of the answer did not come in time."""
+
+    summary = "the upstream did not begin to answer in time"
+
+
+class BetweenBytesTimeout(UpstreamTimeout):
+    """The answer began, then nothing came for longer than the endpoint may pause."""
+
+    summary = "the upstream stopped in the middle of its answer"
+
+
+class MalformedAnswer(UpstreamError):
+    """What came is not HTTP, or it can be read in two ways; the connection is not used again."""
+
+    summary = "the upstream gave a malformed answer"
+
+
+class TruncatedAnswer(UpstreamError):
+    """The connection ended before the answer was complete, perhaps before its first byte."""
+
+    summary = "the upstream ended the connection before its answer was complete"

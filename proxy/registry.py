@@ -1,0 +1,118 @@
+"""What can be asked for, and who answers it: alias -> model -> endpoints. Frozen; replaced whole."""
+
+import difflib
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+import msgspec
+
+from engines.spec import EngineStatus, FleetStatus, State
+from proxy.config import Config, EndpointSettings, ModelSettings, Secret, Timeouts
+from proxy.errors import UnknownModel
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """A server that answers for a model.
+
+    address: `unix:/path` or `scheme://host:port`. base_path: what its API's paths start with instead of /v1,
+    or None for an engine of ours, which has the same paths as we have. serves: its own name for the model.
+    """
+
+    name: str
+    model: str
+    address: str
+    serves: str
+    state: State = "ready"
+    base_path: str | None = None
+    api_key: Secret | None = None
+    weight: float = 1.0
+
+    def path(self, ours: str) -> str:
+        """Translate a path of our API into the path at this endpoint."""
+        if self.base_path is None:
+            return ours
+        if ours.startswith("/v1/"):
+            return self.base_path + ours[3:]
+        return self.base_path.removesuffix("/v1") + ours
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A model and its endpoints, with the state of the best of them."""
+
+    name: str
+    endpoints: tuple[Endpoint, ...]
+    state: State
+    detail: str = ""
+    context_length: int | None = None
+    timeouts: Timeouts = Timeouts()
+
+    def ready(self) -> tuple[Endpoint, ...]:
+        """Return the endpoints that take requests now."""
+        return tuple(e for e in self.endpoints if e.state == "ready")
+
+
+class Registry(msgspec.Struct, frozen=True):
+    """All models and aliases at one moment."""
+
+    models: dict[str, Model]
+    aliases: dict[str, str]
+
+    def resolve(self, name: str) -> Model:
+        """Return the model that a name or alias stands for. Raises UnknownModel with close matches."""
+        model = self.models.get(self.aliases.get(name, name))
+        if model is None:
+            raise UnknownModel(name, difflib.get_close_matches(name, self.names(), n=3, cutoff=0.5))
+        return model
+
+    def names(self) -> list[str]:
+        """Return every name that can be asked for: models first, then aliases."""
+        return [*self.models, *self.aliases]
+
+
+_BEST_FIRST: tuple[State, ...] = ("ready", "starting", "draining", "failed", "stopped")
+
+
+def build(config: Config, fleet: FleetStatus) -> Registry:
+    """Make the registry of a configuration and what the supervisor says of its engines."""
+    engines: dict[str, list[EngineStatus]] = {name: [] for name in config.models}
+    for status in fleet.engines:
+        if status.model in engines:
+            engines[status.model].append(status)
+    models = {
+        name: _local(name, model, engines[name]) if model.engine else _remote(name, model)
+        for name, model in config.models.items()
+    }
+    return Registry(models=models, aliases=config.aliases)
+
+
+def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus]) -> Model:
+    ranked = sorted(engines, key=lambda status: _BEST_FIRST.index(status.state))
+    best = ranked[0] if ranked else None
+    return Model(
+        name=name,
+        endpoints=tuple(
+            Endpoint(name=s.id, model=name, address=s.address, serves=name, state=s.state) for s in ranked if s.address
+        ),
+        state=best.state if best else "starting",
+        detail=best.detail if best else "",
+        context_length=next((s.context_length for s in ranked if s.context_length), None),
+        timeouts=model.timeouts,
+    )
+
+
+def _remote(name: str, model: ModelSettings) -> Model:
+    endpoints = tuple(_endpoint(name, i, settings) for i, settings in enumerate(model.endpoints))
+    return Model(name=name, endpoints=endpoints, state="ready", timeouts=model.timeouts)
+
+
+def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
+    parts = urlsplit(settings.base_url)
+    return Endpoint(
+        name=f"{model}/{index}",
+        model=model,
+        address=f"{parts.scheme}://{parts.netloc}",
+        serves=settings.model or model,
+        base_path=parts.path.rstrip("/"),
+        api_key=settings.api_key,
+        weight=settings.weight,
+    )

