@@ -1,6 +1,6 @@
 """Talking to the supervisor of a running server over its control socket."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -77,7 +77,7 @@ class ControlClient:
         """Drain, stop and load again a model's engines, or one of them."""
         return await self._command("restart", model, replica, wait)
 
-    async def watch(self) -> AsyncIterator[FleetStatus]:
+    async def watch(self) -> AsyncGenerator[FleetStatus, None]:
         """Yield the fleet as it is now, then after each change, until the server stops."""
         async with self._stream("/fleet/watch") as answer:
             try:
@@ -87,7 +87,7 @@ class ControlClient:
             except httpx2.TransportError as error:
                 raise ControlUnreachable(self._path) from error
 
-    async def logs(self, engine: str, *, lines: int = 200, follow: bool = False) -> AsyncIterator[bytes]:
+    async def logs(self, engine: str, *, lines: int = 200, follow: bool = False) -> AsyncGenerator[bytes, None]:
         """Yield an engine's last log lines, in pieces; with `follow`, then what it logs from now on."""
         query = {"engine": engine, "lines": str(lines), "follow": "true" if follow else "false"}
         async with self._stream("/engines/logs", query) as answer:

@@ -6,6 +6,7 @@ or error.
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,4 +65,6 @@ def say(detail: str = "", progress: float | None = None, error: str | None = Non
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    status = main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.stderr.flush()
+    os._exit(status)  # all is written; taking torch and the parsed file apart would only cost seconds

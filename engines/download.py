@@ -27,6 +27,7 @@ class Unusable(Exception):
 
 def main(repo: str, revision: str, link: str) -> int:
     """Download what vLLM needs of the repository; return the exit status."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
     try:
         os.symlink(fetch(repo, revision), link)
     except Exception as failure:  # whatever it is, the engine cannot start, and a person must read why
@@ -45,14 +46,15 @@ def fetch(repo: str, revision: str) -> str:
     except Exception as failure:
         if not is_unreachable(failure):
             raise
-        return str(snapshot_download(repo, revision=revision, local_files_only=True))
+        skipped = [*USELESS, *OTHER_WEIGHTS]
+        return str(snapshot_download(repo, revision=revision, ignore_patterns=skipped, local_files_only=True))
     if info.library_name == "mlx" or "mlx" in (info.tags or ()):
         raise Unusable("this is an MLX checkpoint, which vLLM does not load; use the original it was made from")
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     chosen = needed(sizes)
     require_disk(Path(constants.HF_HUB_CACHE), sum(sizes[name] for name in chosen))
     bars = progress_class(sum(sizes[name] for name in chosen))
-    return str(snapshot_download(repo, revision=info.sha, allow_patterns=chosen, tqdm_class=bars))
+    return str(snapshot_download(repo, revision=revision, allow_patterns=chosen, tqdm_class=bars))
 
 
 def needed(names: Iterable[str]) -> list[str]:

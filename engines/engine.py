@@ -302,7 +302,8 @@ class Engine:
                 seen = await probe.look()
                 if seen.dead:
                     raise Crashed("one of its processes died: its /health says that it cannot go on")
-                busy = seen.in_flight + (canary.sing(clock(), seen.iterations) if seen.answered else 0)
+                idle = seen.answered and not seen.in_flight
+                busy = canary.sing(clock(), seen.iterations) if idle else seen.in_flight
                 watch = watch.step(Sample(clock(), seen.answered, busy, seen.iterations))
         finally:
             canary.stop()

@@ -161,7 +161,8 @@ def read_uv_line(seen: Download, line: str) -> Download:
     if found := _DOWNLOADED.search(line):
         return _counted(Download(seen.sizes, seen.fetched | {found[1]}, seen.detail, seen.share))
     if line.startswith(("Prepared ", "Installed ")):
-        return msgspec.structs.replace(seen, detail="unpacking", share=0.95 if line.startswith("Prep") else 1.0)
+        share = 1.0 if line.startswith("Installed ") else 0.95
+        return msgspec.structs.replace(seen, detail="unpacking", share=max(seen.share, share))
     return seen
 
 
@@ -279,7 +280,8 @@ class _Announcer:
         self._tell(Download(detail=detail))
 
     def __call__(self, line: str) -> None:
-        self._tell(read_uv_line(self._seen, line))
+        if (seen := read_uv_line(self._seen, line)) != self._seen:
+            self._tell(seen)
 
     def _tell(self, seen: Download) -> None:
         self._seen = seen

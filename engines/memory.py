@@ -236,7 +236,7 @@ def _gpu_placement(need: _Need, gpus: Sequence[Gpu], share: float) -> tuple[Plac
     indices = tuple(gpu.index for gpu in gpus)
     device = "cuda:" + ",".join(map(str, indices))
     # Rounded down, so that the shares of a GPU never add up to more than there is.
-    share = share if _fixed_share(need.spec) is not None else int(share * 1000) / 1000
+    share = share if _fixed_share(need.spec) is not None else int(share * 1000 + 1e-6) / 1000
     # nvidia-smi counts in PCI order, CUDA by itself does not.
     environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, indices))}
     total = int(share * min(gpu.total for gpu in gpus))

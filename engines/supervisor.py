@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -148,7 +148,7 @@ class Supervisor:
         """Return all engines as they are now."""
         return FleetStatus(self._version, tuple(engine.status for engine in self._engines.values()))
 
-    async def watch(self) -> AsyncIterator[FleetStatus]:
+    async def watch(self) -> AsyncGenerator[FleetStatus, None]:
         """Yield the fleet as it is now and after each change, until it is closed; a slow reader gets the latest."""
         while True:
             changed, closed = self._changed, self._closed

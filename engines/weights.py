@@ -100,7 +100,7 @@ def parse(source: str, base: Path) -> Source:
         if (found := _WHEEL.fullmatch(source)) is None:
             raise _not_a_source(source)
         return WheelWeights(re.sub(r"[-_.]+", "-", found[1]).lower(), found[2])
-    if source.startswith(("/", "./", "../", "~")) or source in {".", ".."}:
+    if source.startswith(("/", "./", "../", "~/")) and "\0" not in source:
         return FolderWeights((base / Path(source).expanduser()).resolve())
     if (found := _HUB.fullmatch(source)) is None:
         raise _not_a_source(source)

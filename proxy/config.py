@@ -264,7 +264,6 @@ def _override(data: dict[str, Any], overrides: Mapping[str, Any], source: _Sourc
             # Numbers come parsed; only the verbatim flags of an engine take them so, all else knows its own type.
             text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
             data[key] = value if isinstance(value, list) or path.endswith("__ARGS__") else text
-            source.expanded[text] = f"${{{path}{name.upper()}}}"
 
 
 def _variable_form(key: str) -> str:
@@ -430,6 +429,7 @@ def _check_alias(alias: str, target: str, config: Config, source: _Source) -> No
         raise source.error(path, f"there is no model {target!r}; {hint}")
 
 
+_SHORTEST_SECRET = 6  # characters; shorter variables are ports and the like, which would be found everywhere
 _SECRET_NAME = re.compile(r"(?i)(api[-_]?key|token|secret|password)s?$")
 
 
@@ -440,5 +440,5 @@ def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
         found.update({e.api_key.reveal(): MASK for e in model.endpoints if e.api_key})
         for where in (model.engine.env, model.engine.args) if model.engine else ():
             found.update({str(v): MASK for k, v in where.items() if _SECRET_NAME.search(k) and v})
-    found.update(source.expanded)
+    found.update({v: n for v, n in source.expanded.items() if len(v) >= _SHORTEST_SECRET})
     return tuple(sorted(((v, n) for v, n in found.items() if v), key=lambda pair: -len(pair[0])))

@@ -27,7 +27,8 @@ class Timeouts(msgspec.Struct, frozen=True):
     """Seconds; None means no limit.
 
     connect: to have a connection, waiting for a free one included.
-    first_byte: from the request being sent to the head of the answer being whole.
+    first_byte: from the request being sent to the head of the answer being whole. vLLM sends the head of a stream
+    at once: there the wait for the first token is a pause between bytes.
     between_bytes: the longest pause inside an answer while somebody waits for it.
     """
 

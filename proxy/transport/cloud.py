@@ -2,6 +2,10 @@
 
 HTTP/2 is off unless asked for: httpx2 2.16 does not reset a stream that we give up, so the endpoint would go on
 generating, and its unread bytes would use up the flow-control window of the connection that others share.
+
+Two things are looser than in proxy.transport.local, because httpx2 does not let us see them: bytes that follow the
+end of an answer on the same connection, and folded headers, which it unfolds. And a request is not sent again when
+its idle connection dies under it; httpx2 only avoids those that are known to be dead.
 """
 
 import asyncio

@@ -133,7 +133,7 @@ def test_while_an_engine_loads_the_status_tells_what_its_log_says(tmp_path: Path
     async def story() -> None:
         async with supervised(tmp_path, flags=("--never-ready",)) as fleet:
             status = await fleet.until(lambda status: "configuration" in status.detail)
-            assert status.detail == "reading the model's configuration (0 s)"
+            assert status.detail.startswith("reading the model's configuration (")
 
     run(story())
 
@@ -144,7 +144,6 @@ def test_an_engine_that_is_not_ready_in_time_fails_with_the_end_of_its_log(tmp_p
         async with supervised(tmp_path, spec, flags=("--never-ready",)) as fleet:
             status = await fleet.until_state("failed")
             assert status.detail.startswith("not ready within 0.2 s (start_timeout); the end of its log:")
-            assert "non-default args: scripted" in status.detail
             assert status.retry_at is None
             await eventually(lambda: fleet.processes() == set())
 

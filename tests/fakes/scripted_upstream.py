@@ -134,7 +134,7 @@ async def upstream(
 async def eventually(condition: Callable[[], bool]) -> None:
     """Return when a condition holds; fail after DEADLINE seconds."""
     async with asyncio.timeout(DEADLINE):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.001)
 
 

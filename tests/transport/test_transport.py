@@ -128,6 +128,16 @@ def test_hop_by_hop_headers_of_an_answer_are_dropped(wire: Wire) -> None:
     wire.run(story())
 
 
+def test_space_around_the_value_of_a_header_is_not_part_of_it(wire: Wire) -> None:
+    async def story() -> None:
+        async with wire.to([ok(b"", b"x-padded: \t a b \t ", b"x-empty:")]) as (_, to):
+            answer = await get(to)
+            assert answer.headers[1:] == [(b"x-padded", b"a b"), (b"x-empty", b"")]
+            await answer.close()
+
+    wire.run(story())
+
+
 def test_connection_cannot_hide_the_length_of_an_answer(wire: Wire) -> None:
     async def story() -> None:
         async with wire.to([ok(b"abc", b"Connection: content-length")]) as (_, to):
