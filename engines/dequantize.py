@@ -38,7 +38,7 @@ def read_once() -> None:
     """Let transformers parse the file once: it asks for it three times, and for the map of names per layer.
 
     The reader is given plain bytes, too; slicing a numpy memmap for each word of the vocabulary takes most of the
-    time. Together 14 s instead of 27 for a vocabulary of 49,000.
+    time. Together that is 10 s instead of 27 for SmolLM2-135M.
     """
     import gguf
     from gguf import gguf_reader

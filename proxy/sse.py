@@ -36,11 +36,16 @@ class Events:
 
 
 def map_data(event: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """Return an event with `change` applied to each line of data that holds a JSON object."""
-    return b"".join(
-        line[:start] + change(line[start:]) if (start := _object_at(line)) else line
-        for line in event.splitlines(keepends=True)
-    )
+    """Return an event with `change` applied to the JSON object of each line of data that holds one."""
+    return b"".join([_map_line(line, change) for line in event.splitlines(keepends=True)])
+
+
+def _map_line(line: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    start = _object_at(line)
+    if not start:
+        return line
+    end = len(line.rstrip(b"\r\n"))
+    return line[:start] + change(line[start:end]) + line[end:]
 
 
 def _object_at(line: bytes) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.serving import Server, eventually, serve
+from tests.serving import Server, eventually, serve
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

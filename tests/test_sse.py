@@ -45,8 +45,12 @@ def test_an_event_without_end_is_refused_before_it_fills_the_memory():
             framer.feed(b"x" * 1024 * 1024)
 
 
-def test_only_objects_in_data_lines_are_changed():
+def test_only_objects_in_data_lines_are_changed_and_line_ends_stay():
     event = b'event: {"a"}\ndata: {"a": 1}\r\ndata:{"b": 2}\ndata: [DONE]\nid: 7\n\n'
-    assert sse.map_data(event, lambda data: data.strip() + b"!") == (
-        b'event: {"a"}\ndata: {"a": 1}!data:{"b": 2}!data: [DONE]\nid: 7\n\n'
-    )
+    changed = event.replace(b'{"a": 1}', b"!").replace(b'{"b": 2}', b"!")
+    assert sse.map_data(event, lambda data: b"!") == changed
+
+
+@given(st.lists(st.sampled_from(EVENTS), max_size=8))
+def test_events_that_nothing_changes_in_stay_byte_for_byte(events):
+    assert [sse.map_data(event, lambda data: data) for event in events] == events

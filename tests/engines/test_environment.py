@@ -64,9 +64,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> StatePaths:
-    found = StatePaths.resolve(tmp_path / "state")
-    found.create()
-    return found
+    return StatePaths.resolve(tmp_path / "state")
 
 
 def recipe(folder: Path, lock: str, *torch: str, disk: int = 1, imports: tuple[str, ...] = ()) -> Recipe:

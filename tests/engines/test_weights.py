@@ -26,9 +26,7 @@ Lines = list[tuple[str, float | None]]
 
 @pytest.fixture
 def paths(tmp_path: Path) -> StatePaths:
-    found = StatePaths.resolve(tmp_path / "state")
-    found.create()
-    return found
+    return StatePaths.resolve(tmp_path / "state")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from openai import OpenAI
 from engines import environment
 from engines.paths import StatePaths
 from tests.fakes.checkpoints import Checkpoints, write_checkpoints
-from tests.real.serving import HANG_TIMEOUT, Server, engine, serve, shared_data
+from tests.serving import HANG_TIMEOUT, Server, engine, serve, shared_data
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field, SecretStr
 
-from tests.real.serving import Server
+from tests.serving import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120, func_only=True)]
 

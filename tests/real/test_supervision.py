@@ -11,7 +11,7 @@ import pytest
 from openai import OpenAI
 
 from tests.fakes.checkpoints import Checkpoints
-from tests.real.serving import Footprint, Server, engine, eventually, serve, stop
+from tests.serving import Footprint, Server, engine, eventually, serve, stop
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300, func_only=True)]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
-from tests.real.serving import Server, eventually
+from tests.serving import Server, eventually
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120, func_only=True)]
 
