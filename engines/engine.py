@@ -180,6 +180,8 @@ class Engine:
             if not life.cancelling():
                 life.cancel()
             await asyncio.wait([life])
+            if not life.cancelled() and (bug := life.exception()) is not None:
+                log.error("engine %s: its task failed", self.spec.id, exc_info=bug)
         self._life = None
         if self.state != "stopped":
             self._move("stopped", address=None, context_length=None, restarts=0)
@@ -330,7 +332,9 @@ class Engine:
 
     def _fail(self, detail: str) -> None:
         """Say that the engine failed; one that is being unloaded stays `draining` until it is stopped."""
-        if self.state != "draining":
+        if self.state == "failed":
+            self._set(detail=detail)
+        elif self.state != "draining":
             self._move("failed", detail=detail, address=None, context_length=None)
 
     def _step(self, detail: str, progress: float | None) -> None:

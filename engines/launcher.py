@@ -21,8 +21,9 @@ class Launcher:
     def __init__(self, paths: StatePaths, base: Path) -> None:
         self._paths = paths
         self._base = base
-        # All mutable state: where each engine was placed, by its id.
+        # All mutable state: where each engine was placed, by its id, and what compiles in the background.
         self._placements: dict[str, Placement] = {}
+        self._warming: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"Launcher({self._placements!r})"
@@ -46,7 +47,7 @@ class Launcher:
         """Get all that an engine needs and return how to start it. What it raises says what to do.
 
         1. Plan it, if it was not planned with the others. 2. Install vLLM and fetch the weights, side by side.
-        3. Convert the weights, and compile what an engine imports, side by side.
+        3. Convert the weights; nobody waits for the compiling of what an engine imports, which goes on beside it.
         """
         if spec.id not in self._placements:  # 1
             await asyncio.to_thread(self.plan, [spec])
@@ -58,11 +59,11 @@ class Launcher:
             installing = together.create_task(environment.ensure(kind, self._paths, report))
             together.create_task(weights.fetch(source, self._paths, lambda *_: None))
         interpreter = installing.result()
-        async with asyncio.TaskGroup() as together:  # 3
-            own = spec.settings.env
-            converting = together.create_task(weights.convert(source, interpreter, self._paths, report, own))
-            together.create_task(environment.warm_up(kind, self._paths))
-        return self._launch(spec, str(interpreter), converting.result(), self._address(spec))
+        warming = asyncio.create_task(environment.warm_up(kind, self._paths))
+        self._warming.add(warming)
+        warming.add_done_callback(self._warming.discard)
+        folder = await weights.convert(source, interpreter, self._paths, report, spec.settings.env)  # 3
+        return self._launch(spec, str(interpreter), folder, self._address(spec))
 
     def _launch(self, spec: EngineSpec, interpreter: str, folder: str, address: str) -> Launch:
         if spec.settings.simulator is not None:
@@ -78,6 +79,7 @@ class Launcher:
             "VLLM_CACHE_ROOT": str(cache / "vllm"),
             "VLLM_CONFIG_ROOT": str(cache / "vllm-config"),
             "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
     def _address(self, spec: EngineSpec) -> str:

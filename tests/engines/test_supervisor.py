@@ -138,7 +138,9 @@ def test_while_an_engine_loads_the_status_tells_what_its_log_says(tmp_path: Path
     run(story())
 
 
-def test_an_engine_that_is_not_ready_in_time_fails_with_the_end_of_its_log(tmp_path: Path) -> None:
+def test_an_engine_that_is_not_ready_in_time_fails_with_the_end_of_its_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def story() -> None:
         spec = engine_spec(start_timeout=0.2)
         async with supervised(tmp_path, spec, flags=("--never-ready",)) as fleet:
@@ -148,6 +150,7 @@ def test_an_engine_that_is_not_ready_in_time_fails_with_the_end_of_its_log(tmp_p
             await eventually(lambda: fleet.processes() == set())
 
     run(story())
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_program_that_cannot_be_run_fails_the_engine_without_a_restart_loop(tmp_path: Path) -> None:
