@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint types schema lock clean
+.PHONY: help setup bench-start serve test lint types schema lock clean
 
 help: ## Show what there is
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.proxy ## Make the proxy's own environment in .venv, and nothing else
 
@@ -28,6 +28,9 @@ $(VENV)/.proxy: $(VENV)/bin/uv proxy/requirements.txt pyproject.toml
 $(VENV)/.test: $(VENV)/.proxy tests/requirements.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r tests/requirements.txt
 	@touch $@
+
+bench-start: setup ## Time a fresh clone to its first answer, and a second start
+	$(BIN)/python -m benchmarks.start
 
 serve: setup ## Run a small model and the proxy on 127.0.0.1:8000 (more options: make serve ARGS="--port 9000")
 	@exec $(BIN)/polyvox serve $(ARGS)
