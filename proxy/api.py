@@ -25,29 +25,13 @@ from proxy.errors import (
     UpstreamError,
     upstream_failure,
 )
+from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
 from proxy.registry import Model, Registry
+from proxy.relay import Exchange
+from proxy.telemetry import OPERATIONS, OTHER
 
-# Every path of vLLM's server whose body has a `model`.
-MODEL_PATHS = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/embeddings",
-    "/v1/audio/transcriptions",
-    "/v1/audio/translations",
-    "/v1/rerank",
-    "/v2/rerank",
-    "/rerank",
-    "/v1/score",
-    "/score",
-    "/classify",
-    "/pooling",
-    "/tokenize",
-    "/detokenize",
-)
+MODEL_PATHS = tuple(OPERATIONS)  # every path of vLLM's server whose body has a `model`
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -55,10 +39,13 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class Api:
     """The handlers of one worker."""
 
-    def __init__(self, chat: Chat, live: LiveRegistry, keys: Keys, server: Server) -> None:
+    def __init__(self, chat: Chat, live: LiveRegistry, metrics: Metrics, server: Server) -> None:
         self._chat = chat
         self._live = live
-        self._keys = keys
+        self._metrics = metrics
+        self._keys = Keys(server.api_keys)
+        self._metrics_keys = Keys(()) if server.metrics_public else self._keys
+        self._admin_keys = Keys(server.admin_keys, required=True)
         self._server = server
         self._started = int(time.time())
 
@@ -67,13 +54,18 @@ class Api:
         await self._guarded(scope, receive, send, "POST", self._answer)
 
     async def rest(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
-        """GET /v1/models, GET /v1/models/{id}, and every path that there is not."""
+        """GET /v1/models, GET /v1/models/{id}, /admin/, and every path that there is not."""
         # Litestar has one mount that takes what no route does; ids have slashes, so they need a mount as well.
         path = unquote(scope["raw_path"].decode("latin-1"))
         if path == "/v1/models" or path.startswith("/v1/models/"):
             await self._guarded(scope, receive, send, "GET", self._show_models)
         else:
-            await self._guarded(scope, receive, send, scope["method"], self._refuse_path)
+            keys = self._admin_keys if path.startswith("/admin/") else None
+            await self._guarded(scope, receive, send, scope["method"], self._refuse_path, keys)
+
+    async def metrics(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
+        """GET /metrics: all workers of this server together."""
+        await self._guarded(scope, receive, send, "GET", self._show_metrics, self._metrics_keys)
 
     async def health(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         """GET /health: this process is alive."""
@@ -95,24 +87,37 @@ class Api:
         receive: Receive,
         send: Send,
         method: str,
-        handle: Callable[[HTTPScope, Receive, Send, bytes], Awaitable[None]],
+        handle: Callable[[HTTPScope, Receive, Send, bytes, Exchange], Awaitable[None]],
+        keys: Keys | None = None,
     ) -> None:
         """Check method and key, then handle; turn whatever goes wrong into one envelope."""
         request_id = _request_id(scope["headers"])
+        exchange = Exchange(self._metrics, OPERATIONS.get(scope["path"].rstrip("/"), OTHER))
         try:
-            self._keys.check(scope["headers"])
+            (keys or self._keys).check(scope["headers"])
             if scope["method"] != method:
                 raise MethodNotAllowed(scope["method"], scope["raw_path"].decode("latin-1"), method)
-            await handle(scope, receive, send, request_id)
+            await handle(scope, receive, send, request_id, exchange)
         except RequestError as e:
+            exchange.fail(e, e.status)
             await send_error(send, e, request_id, scope["path"])
         except UpstreamError as e:
-            await send_error(send, upstream_failure(e), request_id, scope["path"])
+            failure = upstream_failure(e)
+            exchange.fail(e, failure.status)
+            await send_error(send, failure, request_id, scope["path"])
+        except BaseException as e:
+            exchange.fail(e)
+            raise
+        finally:
+            await exchange.close()
 
-    async def _answer(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes) -> None:
+    async def _answer(
+        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, exchange: Exchange
+    ) -> None:
         body = await _read_body(scope, receive, self._server.max_body_bytes)
         if body is None:
             return
+        exchange.received()
         request = Incoming(
             method=scope["method"],
             path=scope["path"].rstrip("/"),
@@ -122,28 +127,29 @@ class Api:
             request_id=request_id,
         )
         async with _UntilGone(receive):
-            await self._relay(request, send)
+            await self._relay(request, send, exchange)
 
-    async def _relay(self, request: Incoming, send: Send) -> None:
-        reply = await self._chat.answer(request)
+    async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
+        reply = await self._chat.answer(request, exchange)
+        headers = [*reply.headers, (b"x-request-id", request.request_id)]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         try:
-            headers = [*reply.headers, (b"x-request-id", request.request_id)]
-            await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-            try:
-                async for data in reply.body:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-            except UpstreamError as e:
-                # The head is sent, so the status can no longer tell. A stream says it in an event of its own;
-                # any other body stays short of its length and the connection is cut: never a false success.
-                if not reply.is_event_stream:
-                    raise _Cut from e
-                event = sse.error_event(upstream_failure(e).envelope())
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            await reply.close()
+            async for data in reply:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except UpstreamError as e:
+            exchange.fail(e)
+            # The head is sent, so the status can no longer tell. A stream says it in an event of its own;
+            # any other body stays short of its length and the connection is cut: never a false success.
+            if not reply.is_event_stream:
+                raise _Cut from e
+            event = sse.error_event(upstream_failure(e).envelope())
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        exchange.complete()
 
-    async def _show_models(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes) -> None:
+    async def _show_models(
+        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, exchange: Exchange
+    ) -> None:
         registry = self._live.current
         name = unquote(scope["raw_path"].decode("latin-1")).removeprefix("/v1/models").strip("/")
         if name:
@@ -151,10 +157,21 @@ class Api:
         else:
             body = {"object": "list", "data": [self._card(registry, name) for name in registry.names()]}
         await _send_json(send, 200, body, [(b"x-request-id", request_id)])
+        exchange.complete()
 
-    async def _refuse_path(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes) -> None:
+    async def _show_metrics(
+        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, exchange: Exchange
+    ) -> None:
+        accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
+        content_type, page = self._metrics.page(accept.decode("latin-1"))
+        await _send_bytes(send, 200, page, [(b"x-request-id", request_id)], content_type)
+        exchange.complete()
+
+    async def _refuse_path(
+        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, exchange: Exchange
+    ) -> None:
         path = scope["raw_path"].decode("latin-1")
-        raise UnknownPath(scope["method"], path, (*MODEL_PATHS, "/v1/models", "/health", "/ready"))
+        raise UnknownPath(scope["method"], path, (*MODEL_PATHS, "/v1/models", "/health", "/ready", "/metrics"))
 
     def _card(self, registry: Registry, name: str) -> dict[str, Any]:
         model: Model = registry.resolve(name)
@@ -236,8 +253,10 @@ async def _send_json(send: Send, status: int, body: object, headers: Headers | N
     await _send_bytes(send, status, msgspec.json.encode(body), headers or [])
 
 
-async def _send_bytes(send: Send, status: int, body: bytes, headers: Headers) -> None:
-    length = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+async def _send_bytes(
+    send: Send, status: int, body: bytes, headers: Headers, content_type: bytes = b"application/json"
+) -> None:
+    length = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": [*length, *headers]})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -255,6 +274,7 @@ def build_app(api: Api, on_startup: list[Any], on_shutdown: list[Any]) -> Litest
             asgi(list(MODEL_PATHS), copy_scope=False)(_plain(api.model_request)),
             asgi("/health", copy_scope=False)(_plain(api.health)),
             asgi("/ready", copy_scope=False)(_plain(api.ready)),
+            asgi("/metrics", copy_scope=False)(_plain(api.metrics)),
             asgi("/", is_mount=True, copy_scope=False)(_plain(api.rest)),
         ],
         on_startup=on_startup,

@@ -8,9 +8,9 @@ from litestar import Litestar
 from engines.spec import FleetStatus
 from proxy import registry
 from proxy.api import Api, build_app
-from proxy.auth import Keys
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry, watch_fleet
 from proxy.registry import Endpoint
 from proxy.transport import Transport
@@ -20,8 +20,9 @@ from proxy.transport.local import LocalTransport
 class Worker:
     """What one worker process holds."""
 
-    def __init__(self, config: Config, control_socket: Path) -> None:
+    def __init__(self, config: Config, control_socket: Path, metrics: Metrics) -> None:
         self._config = config
+        self._metrics = metrics
         self._supervisor = LocalTransport(f"unix:{control_socket}")
         self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
         # All mutable state: a transport for each address in use, and the task that follows the supervisor.
@@ -34,7 +35,7 @@ class Worker:
     def app(self) -> Litestar:
         """Return the ASGI application; it starts and stops with this worker."""
         chat = Chat(self._live, self._transport_to, self._config.server.start_wait)
-        api = Api(chat, self._live, Keys(self._config.server.api_keys), self._config.server)
+        api = Api(chat, self._live, self._metrics, self._config.server)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:

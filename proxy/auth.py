@@ -9,9 +9,10 @@ from proxy.errors import WrongKey
 
 
 class Keys:
-    """The keys that a server takes; without any, everybody may pass."""
+    """The keys that a server takes. Without any everybody may pass, or, where keys are required, nobody."""
 
-    def __init__(self, keys: Iterable[Secret]) -> None:
+    def __init__(self, keys: Iterable[Secret], *, required: bool = False) -> None:
+        self._required = required
         self._digests = tuple(_digest(key.reveal().encode()) for key in keys)
 
     def __repr__(self) -> str:
@@ -22,7 +23,7 @@ class Keys:
 
         Taken from `Authorization: Bearer` (OpenAI's clients) or `x-api-key` (Anthropic's).
         """
-        if not self._digests:
+        if not self._digests and not self._required:
             return
         given = _digest(_presented(headers))
         if not any([hmac.compare_digest(given, digest) for digest in self._digests]):  # noqa: C419 all compared

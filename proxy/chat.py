@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import msgspec
 
-from proxy import balancer, relay, wire
+from proxy import accounting, balancer, relay, wire
 from proxy.balancer import Load
 from proxy.errors import EngineStopped, NotReady
 from proxy.probe import LiveRegistry
 from proxy.registry import Endpoint, Model
-from proxy.relay import Reply
+from proxy.relay import Exchange, Reply
 from proxy.transport import Timeouts, Transport
 
 Headers = list[tuple[bytes, bytes]]
@@ -44,8 +44,8 @@ class Chat:
     def __repr__(self) -> str:
         return f"<Chat {self._loads!r}>"
 
-    async def answer(self, request: Incoming) -> Reply:
-        """Answer one request.
+    async def answer(self, request: Incoming, exchange: Exchange) -> Reply:
+        """Answer one request. Whatever is taken for it is given back when the exchange is closed.
 
         1. Read the few fields that decide where it goes.
         2. Find the model behind the name; wait for it while its engine starts.
@@ -54,39 +54,38 @@ class Chat:
         """
         form = relay.content_type(request.headers).startswith(b"multipart/form-data")
         envelope = wire.read_form(request.body, _content_type(request)) if form else wire.read_json(request.body)
-        model = await self._ready(self._live.current.resolve(envelope.model))
+        model = await self._ready(self._live.current.resolve(envelope.model), exchange)
         endpoints = model.ready()
         loads = [self._load(e) for e in endpoints]
         chosen = balancer.least_loaded(loads)
-        endpoint, lease = endpoints[chosen], loads[chosen].lease()
-        try:
-            answer = await self._transport_to(endpoint).send(
-                request.method.encode(),
-                endpoint.path(request.path).encode() + (b"?" + request.query if request.query else b""),
-                _upstream_headers(request, endpoint),
-                _upstream_body(request, envelope.model, endpoint, form=form),
-                _timeouts(model),
-            )
-            try:
-                renamed = endpoint.base_path is not None or envelope.model != endpoint.serves
-                reply = await relay.reply(answer, lease, envelope.model if renamed else None)
-            except BaseException:
-                await answer.close()
-                raise
-        except BaseException:
-            lease.release()
-            raise
+        endpoint = endpoints[chosen]
+        body = _upstream_body(request, envelope.model, endpoint, form=form)
+        asking = _asking_for_usage(body, envelope, exchange.operation) if endpoint.stream_usage else None
+        headers = _upstream_headers(request, endpoint)
+        exchange.begin(endpoint.name, loads[chosen].lease())
+        answer = await self._transport_to(endpoint).send(
+            request.method.encode(),
+            endpoint.path(request.path).encode() + (b"?" + request.query if request.query else b""),
+            headers,
+            body if asking is None else asking,
+            _timeouts(model),
+        )
+        exchange.answered(answer)
+        renamed = endpoint.base_path is not None or envelope.model != endpoint.serves
+        name = envelope.model if renamed else None
+        reply = await relay.reply(answer, exchange, name, hide_usage=asking is not None)
         reply.headers = [*reply.headers, *_our_headers(model, endpoint)]
         return reply
 
-    async def _ready(self, model: Model) -> Model:
+    async def _ready(self, model: Model, exchange: Exchange) -> Model:
         """Return the model once it takes requests. Raises NotReady when that takes too long, or never comes."""
-        name = model.name
+        name = exchange.model = model.name
         if not model.ready():
             await self._live.until(
                 lambda registry: name not in registry.models or _settled(registry.models[name]),
                 self._start_wait,
             )
+            exchange.waited()
             model = self._live.current.resolve(name)
         if model.ready():
             return model
@@ -124,6 +123,13 @@ def _upstream_body(request: Incoming, asked: str, endpoint: Endpoint, *, form: b
     if form:
         return wire.set_form_model(request.body, _content_type(request), endpoint.serves)
     return wire.set_model(request.body, endpoint.serves)
+
+
+def _asking_for_usage(body: bytes, envelope: wire.Envelope, operation: str) -> bytes | None:
+    """Return the body with a wish for usage, None where there is no need: no stream, or one that tells by itself."""
+    if not envelope.stream or operation not in ("chat", "text_completion"):
+        return None
+    return accounting.ask_usage(body, envelope.stream_options)
 
 
 def _timeouts(model: Model) -> Timeouts:

@@ -48,6 +48,7 @@ class Secret:
 class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where and how the proxy listens.
 
+    admin_keys: what lies under /admin/ takes these only. metrics_public: /metrics needs no key.
     max_body_bytes: larger requests get 413. start_wait: seconds a request waits for an engine that is
     starting before it gets 503. drain_timeout: seconds for requests in flight when the server is stopped.
     """
@@ -56,19 +57,25 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     workers: Annotated[int, Meta(ge=1, le=256)] = 1
     api_keys: tuple[Secret, ...] = ()
+    admin_keys: tuple[Secret, ...] = ()
+    metrics_public: bool = False
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
     start_wait: Seconds = 60.0
     drain_timeout: Seconds = 30.0
 
 
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A server that somebody else runs. model: its own name for the model; the model's name if left out."""
+    """A server that somebody else runs. model: its own name for the model; the model's name if left out.
+
+    stream_usage: false for a server that refuses `stream_options`; what its streams use is then not accounted.
+    """
 
     base_url: str
     api_key: Secret | None = None
     provider: Literal["openai"] = "openai"
     weight: Annotated[float, Meta(ge=0)] = 1.0
     model: str | None = None
+    stream_usage: bool = True
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -435,7 +442,7 @@ _SECRET_NAME = re.compile(r"(?i)(api[-_]?key|token|secret|password)s?$")
 
 def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
     """Return (value, what to print for it): all that came by ${NAME}, and what is secret by its place."""
-    found = {key.reveal(): MASK for key in config.server.api_keys}
+    found = {key.reveal(): MASK for key in (*config.server.api_keys, *config.server.admin_keys)}
     for model in config.models.values():
         found.update({e.api_key.reveal(): MASK for e in model.endpoints if e.api_key})
         for where in (model.engine.env, model.engine.args) if model.engine else ():

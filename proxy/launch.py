@@ -16,6 +16,7 @@ from proxy import config
 from proxy.config import Config, Loaded, Server
 from proxy.console import Console
 from proxy.errors import ServeError
+from proxy.metrics import shared_memory
 from proxy.orders import Orders
 
 _QUICK_DEATH = 5.0  # seconds; a worker that ends sooner has not really started
@@ -146,7 +147,10 @@ class Workers:
 
     def __init__(self, settings: Config, listening: socket.socket, control_socket: Path, console: Console) -> None:
         self._fd = listening.fileno()
-        self._orders = Orders(config.encode(settings), str(control_socket), self._fd).frame()
+        # What workers have counted outlives them here.
+        self._metrics_fd = shared_memory()
+        self._settings = config.encode(settings)
+        self._control_socket = str(control_socket)
         self._count = settings.server.workers
         self._console = console
         # All mutable state: the processes that run now, and whether they are meant to.
@@ -160,16 +164,16 @@ class Workers:
         """Keep all workers running until `stop`. Raises ServeError if they do not stay up."""
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(self._count):
-                    group.create_task(self._keep_one())
+                for number in range(self._count):
+                    group.create_task(self._keep_one(number))
         except* ServeError as failures:
             raise failures.exceptions[0] from None
 
-    async def _keep_one(self) -> None:
+    async def _keep_one(self, number: int) -> None:
         loop, deaths = asyncio.get_running_loop(), 0
         while not self._stopping:
             started = loop.time()
-            status = await self._run_one()
+            status = await self._run_one(number)
             if self._stopping:
                 return
             deaths = deaths + 1 if loop.time() - started < _QUICK_DEATH else 0
@@ -177,14 +181,15 @@ class Workers:
                 raise ServeError(f"workers end as soon as they start (exit status {status}); see above")
             self._console.say(f"a worker ended (exit status {status}); starting another", style="yellow")
 
-    async def _run_one(self) -> int:
+    async def _run_one(self, number: int) -> int:
+        orders = Orders(self._settings, self._control_socket, self._fd, self._metrics_fd, number)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=(self._fd,)
+            sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=(self._fd, self._metrics_fd)
         )
         self._processes.add(process)
         try:
             assert process.stdin
-            process.stdin.write(self._orders)
+            process.stdin.write(orders.frame())
             return await process.wait()
         finally:
             self._processes.discard(process)

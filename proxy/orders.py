@@ -8,11 +8,16 @@ _SIZE_BYTES = 4
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """config: as `config.encode` gives it, secrets included, which is why it goes by a pipe."""
+    """config: as `config.encode` gives it, secrets included, which is why it goes by a pipe.
+
+    worker: its number, from 0. metrics_fd: the memory that all workers count in.
+    """
 
     config: bytes
     control_socket: str
     listen_fd: int
+    metrics_fd: int
+    worker: int
 
     def frame(self) -> bytes:
         """Return the orders as `read` takes them: their size, then themselves."""

@@ -16,6 +16,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     address: `unix:/path` or `scheme://host:port`. base_path: what its API's paths start with instead of /v1,
     or None for an engine of ours, which has the same paths as we have. serves: its own name for the model.
+    stream_usage: whether it can be asked what a stream used.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     base_path: str | None = None
     api_key: Secret | None = None
     weight: float = 1.0
+    stream_usage: bool = True
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
@@ -115,4 +117,5 @@ def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
         base_path=parts.path.rstrip("/"),
         api_key=settings.api_key,
         weight=settings.weight,
+        stream_usage=settings.stream_usage,
     )

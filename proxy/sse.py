@@ -24,9 +24,10 @@ class Events:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the events that these bytes complete, each with its blank line."""
+        seen = max(len(self.rest) - 3, 0)  # where a blank line may have begun
         data = self.rest + data if self.rest else data
         events, start = [], 0
-        for match in _BLANK_LINE.finditer(data):
+        for match in _BLANK_LINE.finditer(data, seen):
             events.append(data[start : match.end()])
             start = match.end()
         self.rest = data[start:]
@@ -53,6 +54,14 @@ def _object_at(line: bytes) -> int:
     if line.startswith(b"data: {"):
         return 6
     return 5 if line.startswith(b"data:{") else 0
+
+
+def data_of(event: bytes) -> bytes:
+    """Return the data of an event: that of its `data:` lines, joined by line feeds."""
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2:
+        return event[6:-2]
+    lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
+    return b"\n".join(lines)
 
 
 def error_event(envelope: bytes) -> bytes:

@@ -13,15 +13,17 @@ from proxy.errors import BadRequest
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """What decides where a request goes."""
+    """What decides where a request goes, and how. stream_options: its JSON as it came, b"" if it did not."""
 
     model: str
     stream: bool = False
+    stream_options: bytes = b""
 
 
 class _Fields(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
+    stream_options: msgspec.Raw = msgspec.Raw()
 
 
 _decode_fields = msgspec.json.Decoder(_Fields).decode
@@ -39,7 +41,7 @@ def read_json(body: bytes) -> Envelope:
         raise _wrong_type(str(e)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise BadRequest(f"The body is not valid JSON: {_reason(e)}") from None
-    return Envelope(_required(fields.model), bool(fields.stream))
+    return Envelope(_required(fields.model), bool(fields.stream), bytes(fields.stream_options))
 
 
 def _reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ import uvloop
 
 from proxy import config
 from proxy.app import Worker
+from proxy.metrics import Metrics
 from proxy.orders import Orders
 
 
@@ -32,7 +33,8 @@ def main() -> int:
     """Serve until SIGTERM, then until the requests in flight are done."""
     given = Orders.read(sys.stdin.buffer)
     settings = config.decode(given.config)
-    server = _Server(_uvicorn_config(Worker(settings, Path(given.control_socket)), settings))
+    metrics = Metrics(settings, given.worker, given.metrics_fd)
+    server = _Server(_uvicorn_config(Worker(settings, Path(given.control_socket), metrics), settings))
     listening = socket.socket(fileno=given.listen_fd)
     uvloop.run(_serve(server, listening))
     return 0

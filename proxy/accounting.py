@@ -1,0 +1,387 @@
+"""Tokens and the reason of the end, read from an answer while its bytes pass. Pure.
+
+Only what can carry them is decoded: of a stream the few events with `usage`, a finish reason or an error, of a large
+document its end. Where a client did not ask for usage in a stream, we ask for it (`ask_usage`) and take it out again.
+"""
+
+import json
+import re
+from typing import Annotated, Any, Protocol
+
+import msgspec
+
+from proxy import sse
+
+FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter", "error", "abort", "other", "none")
+
+# The words of /v1/messages and /v1/responses for what OpenAI's chat calls finish_reason.
+_SAME = {
+    "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls",
+    "refusal": "content_filter", "function_call": "tool_calls",
+    "completed": "stop", "incomplete": "length", "failed": "error", "max_output_tokens": "length", "cancelled": "abort",
+}  # fmt: skip
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one request. cached: those of the prompt that needed no work."""
+
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached: int = 0
+
+
+# What is read of an event or a document. Whatever has not these types is not accounted.
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**50)]
+
+
+_NOTHING = msgspec.Raw()
+
+
+class _Details(msgspec.Struct, frozen=True):
+    cached_tokens: _Count | None = None
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
+    input_tokens_details: _Details | None = None
+    cache_read_input_tokens: _Count | None = None  # /v1/messages: tokens that are not among input_tokens
+    cache_creation_input_tokens: _Count | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    finish_reason: str | None = None
+
+
+class _Stop(msgspec.Struct, frozen=True):
+    stop_reason: str | None = None
+
+
+class _Incomplete(msgspec.Struct, frozen=True):
+    reason: str | None = None
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """An event, a document, or the `response` or `message` in one."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    system_fingerprint: str | None = None
+    status: str | None = None
+    incomplete_details: _Incomplete | None = None
+    stop_reason: str | None = None
+    delta: _Stop | str | None = None
+    response: "_Part | None" = None
+    message: "_Part | None" = None
+    error: msgspec.Raw = _NOTHING
+
+    def inner(self) -> "_Part":
+        return self.response or self.message or self
+
+    def is_usage_alone(self) -> bool:
+        """Say whether this is the chunk that is sent only to those who ask for usage."""
+        return self.usage is not None and self.choices == []
+
+    def finish(self) -> str | None:
+        """Return why the generation ended, in OpenAI's words; None if this does not say."""
+        if self.choices:
+            return self.choices[-1].finish_reason or self._of_any_choice()
+        part = self.inner()
+        incomplete = part.incomplete_details and part.incomplete_details.reason
+        stopped = self.delta.stop_reason if isinstance(self.delta, _Stop) else None
+        return incomplete or stopped or part.stop_reason or (part.status if part.status in _SAME else None)
+
+    def _of_any_choice(self) -> str | None:
+        return next((c.finish_reason for c in self.choices or () if c.finish_reason), None)
+
+
+_decode = msgspec.json.Decoder(_Part).decode
+_encode = msgspec.json.encode
+
+
+class Tally:
+    """What has been read of one answer."""
+
+    __slots__ = ("_cached", "_in", "_out", "failed", "finish_reason")
+
+    def __init__(self) -> None:
+        # All mutable state: the tokens (None until told), why it ended, whether it told of an error.
+        self._in: int | None = None
+        self._out: int | None = None
+        self._cached: int | None = None
+        self.finish_reason: str | None = None
+        self.failed = False
+
+    def __repr__(self) -> str:
+        return f"<Tally {self.usage!r} {self.finish_reason}>"
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens, None if the answer has not told them."""
+        if self._in is None and self._out is None:
+            return None
+        return Usage(self._in or 0, self._out or 0, self._cached or 0)
+
+    def add(self, part: _Part) -> None:
+        """Take in an event or a document; later figures stand for earlier ones."""
+        if reason := part.finish():
+            reason = _SAME.get(reason, reason)
+            self.finish_reason = reason if reason in FINISH_REASONS else "other"
+        self.failed = self.failed or bytes(part.error) not in (b"", b"null")
+        if usage := part.inner().usage:
+            self._count(usage)
+
+    def _count(self, usage: _Usage) -> None:
+        """Add the figures of a usage object, whose names are OpenAI's first, OpenAI's later, or Anthropic's."""
+        details = usage.prompt_tokens_details or usage.input_tokens_details
+        found = details.cached_tokens if details else None
+        apart = (usage.cache_read_input_tokens or 0) + (usage.cache_creation_input_tokens or 0)
+        given = _first(usage.prompt_tokens, usage.input_tokens)
+        self._in = _first(None if given is None else given + apart, self._in)
+        self._out = _first(usage.completion_tokens, usage.output_tokens, self._out)
+        self._cached = _first(found, usage.cache_read_input_tokens, self._cached)
+
+
+def _first(*values: int | None) -> int | None:
+    for value in values:
+        if value is not None:
+            return value
+    return None
+
+
+class Account(Protocol):
+    """Reads an answer of one kind as it passes. `begun`: its first token has been seen."""
+
+    tally: Tally
+    begun: bool
+
+    def feed(self, data: bytes) -> bytes:
+        """Read bytes, and return those that may pass on now, perhaps none."""
+        ...
+
+    def end(self) -> bytes:
+        """The answer is complete: return what is still to pass on."""
+        ...
+
+    def broken(self) -> bytes:
+        """The answer will never be complete: return what of it may still pass on."""
+        ...
+
+
+class StreamAccount:
+    """An event stream. Whole events pass on; with hide_usage, without the usage that only we asked for.
+
+    first_token: bytes that the event of the first token has, and none before it.
+
+    vLLM says `system_fingerprint` in the last event of a client that does not ask for usage, and in the usage event of
+    one that does. So the event that ends a choice is kept until the next one comes, which follows at once, and gets the
+    fingerprint if that one is the event taken out. Other servers say `"usage":null` in each event of those who ask.
+    """
+
+    def __init__(self, *, hide_usage: bool = False, first_token: bytes = b"") -> None:
+        self._hide_usage = hide_usage
+        self._first_token = first_token
+        # All mutable state: the incomplete event, the one that is kept, and what was read.
+        self._events = sse.Events()
+        self._kept = b""
+        self.tally = Tally()
+        self.begun = False
+
+    def __repr__(self) -> str:
+        return f"<StreamAccount {self.tally!r} {self._events!r}>"
+
+    def feed(self, data: bytes) -> bytes:
+        if not self.begun and self._first_token in data:
+            self.begun = True
+        if self._events.rest or self._kept or not data.endswith(b"\n\n") or _tells(data):
+            return b"".join([self._pass(event) for event in self._events.feed(data)])
+        return data
+
+    def end(self) -> bytes:
+        rest, self._events.rest = self._events.rest, b""
+        return (self._pass(rest) if rest else b"") + self._release()
+
+    def broken(self) -> bytes:
+        return self._release()
+
+    def _pass(self, event: bytes) -> bytes:
+        """Read an event, and return what passes on of all that came."""
+        part = _read_event(event) if _tells(event) else None
+        if part is None:
+            return self._release() + event
+        self.tally.add(part)
+        if not self._hide_usage:
+            return event
+        if part.is_usage_alone():
+            return _with_fingerprint(self._release(), part.system_fingerprint)
+        event, released = _without_null_usage(event), self._release()
+        if part.finish() is None:
+            return released + event
+        self._kept = event
+        return released
+
+    def _release(self) -> bytes:
+        kept, self._kept = self._kept, b""
+        return kept
+
+
+_NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null').search
+
+
+def _tells(data: bytes) -> bool:
+    """Say whether bytes can tell of usage, an end or an error.
+
+    A quote inside of a JSON string is escaped, so these are keys. Searching from the end takes CPython a fifth of the
+    time, for want of a start that is rare.
+    """
+    rfind = data.rfind
+    return (
+        rfind(b'"usage"') >= 0
+        or rfind(b'finish_reason":"') >= 0
+        or rfind(b'finish_reason": "') >= 0
+        or rfind(b'"error"') >= 0
+    )
+
+
+def _read_event(event: bytes) -> _Part | None:
+    try:
+        return _decode(sse.data_of(event))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _without_null_usage(event: bytes) -> bytes:
+    found = _NULL_USAGE(event, max(event.rfind(b'"usage"') - 16, 0))
+    return event[: found.start()] + event[found.end() :] if found else event
+
+
+def _with_fingerprint(event: bytes, fingerprint: str | None) -> bytes:
+    at = event.rfind(b"}")
+    if fingerprint is None or at < 0 or b'"system_fingerprint"' in event:
+        return event
+    return event[:at] + b',"system_fingerprint":' + _encode(fingerprint) + event[at:]
+
+
+_WHOLE = 64 * 1024  # bytes; larger documents are mostly vectors, and have their usage at the end
+_TAIL = 4096
+
+
+class DocumentAccount:
+    """A JSON document, whose bytes pass on as they come."""
+
+    def __init__(self) -> None:
+        # All mutable state: the document so far, or its last bytes where it is large, and what was read of it.
+        self._parts: list[bytes] = []
+        self._size = 0
+        self.tally = Tally()
+        self.begun = False
+
+    def __repr__(self) -> str:
+        return f"<DocumentAccount {self.tally!r} {self._size} bytes>"
+
+    def feed(self, data: bytes) -> bytes:
+        self.begun = True
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > _WHOLE:
+            self._parts = [b"".join(self._parts)[-_TAIL:]]
+        return data
+
+    def end(self) -> bytes:
+        kept = b"".join(self._parts)
+        part = _read_document(kept) if self._size <= _WHOLE else _read_tail(kept)
+        if part is not None:
+            self.tally.add(part)
+        return b""
+
+    def broken(self) -> bytes:
+        return b""
+
+
+def _read_document(document: bytes) -> _Part | None:
+    try:
+        return _decode(document)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _read_tail(tail: bytes) -> _Part | None:
+    """Read the last `usage` and the last finish reason of a document of which only the end is there."""
+    text = tail.decode("utf-8", "replace")
+    found = {key: _last_value(text, key) for key in ("usage", "finish_reason")}
+    try:
+        return msgspec.convert({"usage": found["usage"], "choices": [found]}, _Part)
+    except msgspec.ValidationError:
+        return None
+
+
+def _last_value(text: str, key: str) -> Any:
+    at = text.rfind(f'"{key}"')
+    match = re.compile(r"\s*:\s*").match(text, at + len(key) + 2)
+    if at < 0 or match is None:
+        return None
+    try:
+        return json.JSONDecoder().raw_decode(text, match.end())[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+class NoAccount:
+    """An answer that tells nothing of tokens: text, audio."""
+
+    def __init__(self) -> None:
+        # All mutable state: whether anything came.
+        self.tally = Tally()
+        self.begun = False
+
+    def __repr__(self) -> str:
+        return "<NoAccount>"
+
+    def feed(self, data: bytes) -> bytes:
+        self.begun = True
+        return data
+
+    def end(self) -> bytes:
+        return b""
+
+    def broken(self) -> bytes:
+        return b""
+
+
+# Asking
+
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_ASK = b'"stream_options":{"include_usage":true},'
+
+
+def ask_usage(body: bytes, stream_options: bytes) -> bytes | None:
+    """Return the body of a stream's request with a wish for usage, None where the client has it already.
+
+    stream_options: the JSON that the body has for it, b"" for none. Where there is some it is replaced, duplicates go,
+    and all other values keep their bytes. What is not valid is left for the engine to refuse.
+    """
+    if not stream_options:
+        at = body.index(b"{") + 1
+        return body[:at] + _ASK + body[at:]
+    options = _silent_options(stream_options)
+    if options is None:
+        return None
+    # Without usage an engine gives no continuous usage either; with it, it would.
+    ask = {**options, "include_usage": True, "continuous_usage_stats": False}
+    return _encode({**_decode_object(body), "stream_options": ask})
+
+
+def _silent_options(raw: bytes) -> dict[str, msgspec.Raw] | None:
+    """Return the options of a client that does not ask for usage; None if it does, or they are not valid."""
+    if raw == b"null":
+        return {}
+    try:
+        options = _decode_object(raw)
+        asked = msgspec.json.decode(options.get("include_usage", b"null"))
+        return None if asked is not None and msgspec.convert(asked, bool, strict=False) else options
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return None

@@ -1,0 +1,252 @@
+"""Prometheus: counters in memory that all workers of a server share, so that any of them can show their sum.
+
+Prometheus' own client costs a lock and a dictionary for each figure, and ten times that with several processes. Here a
+series is a row of doubles whose place is known beforehand, as models, endpoints, operations and errors are: counting is
+adding to a double. Each worker writes a part of its own, and reads those of the others.
+"""
+
+import mmap
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from proxy.accounting import FINISH_REASONS
+from proxy.config import Config
+from proxy.telemetry import ERROR_TYPES, OPERATIONS, OTHER, UNKNOWN, RequestFinished, RequestStarted
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+_DOUBLE = 8  # bytes
+
+# Upper bounds in seconds: vLLM's, of which OpenTelemetry's are a part.
+# fmt: off
+_FIRST = (
+    .001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)
+_EACH = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_ALL = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_OURS = (.00005, .0001, .00015, .0002, .0003, .0005, .001, .002, .005, .01, .025, .05, .1, .5, 1, 5)
+# fmt: on
+
+_OUTCOMES = (*FINISH_REASONS, *ERROR_TYPES)
+_OUTCOME_AT: dict[tuple[str | None, str], int] = {(None, reason): i for i, reason in enumerate(FINISH_REASONS)} | {
+    (error, reason): len(FINISH_REASONS) + i for i, error in enumerate(ERROR_TYPES) for reason in FINISH_REASONS
+}
+
+
+class Histogram(msgspec.Struct, frozen=True):
+    """A histogram's place in a series: a double for each bucket, one for what is above all, and one for the sum."""
+
+    name: str
+    help: str
+    bounds: tuple[float, ...]
+    at: int
+
+    @property
+    def sum_at(self) -> int:
+        return self.at + len(self.bounds) + 1
+
+
+class Counter(msgspec.Struct, frozen=True):
+    """A counter's place in a series."""
+
+    name: str
+    help: str
+    at: int
+
+
+def _histograms(at: int, *described: tuple[str, str, tuple[float, ...]]) -> Iterator[Histogram]:
+    for name, text, bounds in described:
+        histogram = Histogram(name, text, bounds, at)
+        yield histogram
+        at = histogram.sum_at + 1
+
+
+# A series: how often each outcome was, then the tokens, then the histograms.
+_IN, _OUT, _CACHED = _TOKENS = (
+    Counter("polyvox_prompt_tokens", "Tokens of prompts", len(_OUTCOMES)),
+    Counter("polyvox_generation_tokens", "Tokens generated", len(_OUTCOMES) + 1),
+    Counter("polyvox_prompt_tokens_cached", "Tokens of prompts found in a cache of the engine", len(_OUTCOMES) + 2),
+)
+_TTFT, _TPOT, _E2E, _OVERHEAD = _HISTOGRAMS = tuple(
+    _histograms(
+        len(_OUTCOMES) + len(_TOKENS),
+        ("polyvox_time_to_first_token_seconds", "Of streams, from the request being here", _FIRST),
+        ("polyvox_request_time_per_output_token_seconds", "Of streams, for each token after the first", _EACH),
+        ("polyvox_e2e_request_latency_seconds", "From the request being here to the end of the answer", _ALL),
+        ("polyvox_request_overhead_seconds", "What Polyvox itself took before it sent, and before it answered", _OURS),
+    )
+)
+_WIDTH = _OVERHEAD.sum_at + 1
+
+
+class Layout:
+    """Where the doubles of a worker are: the gauge of each endpoint, then each series."""
+
+    def __init__(self, config: Config) -> None:
+        names = _endpoints(config)
+        operations = (*dict.fromkeys(OPERATIONS.values()), OTHER)
+        keys = [(UNKNOWN, "", o) for o in operations]
+        keys += [(m, e, o) for m, endpoints in names.items() for e in ("", *endpoints) for o in operations]
+        self.gauges = {key: i for i, key in enumerate((m, e) for m, es in names.items() for e in es)}
+        self.series = {key: len(self.gauges) + i * _WIDTH for i, key in enumerate(keys)}
+        self.size = len(self.gauges) + len(keys) * _WIDTH
+        self.elsewhere = self.series[UNKNOWN, "", OTHER]
+
+    def __repr__(self) -> str:
+        return f"<Layout {len(self.gauges)} gauges, {len(self.series)} series>"
+
+
+def _endpoints(config: Config) -> dict[str, list[str]]:
+    """Return the names of the endpoints of each model, as the registry names them."""
+    return {
+        name: [f"{name}/{i}" for i in range(model.engine.replicas if model.engine else len(model.endpoints))]
+        for name, model in config.models.items()
+    }
+
+
+def shared_memory() -> int:
+    """Return the descriptor of memory for the figures of all workers. It ends with the last process that has it."""
+    return os.memfd_create("polyvox-metrics")
+
+
+class Metrics:
+    """The figures of one worker, and a view of those of all."""
+
+    def __init__(self, config: Config, worker: int = 0, memory: int = -1) -> None:
+        """Take part `worker` of the memory behind a descriptor, which all workers lay out alike; -1: my own."""
+        self._layout = layout = Layout(config)
+        size = layout.size * config.server.workers * _DOUBLE
+        if memory >= 0:
+            os.ftruncate(memory, size)
+        # All mutable state: the doubles of all workers; this one writes its own only.
+        self._all = memoryview(mmap.mmap(memory, size)).cast("d")
+        self._own = self._all[worker * layout.size : (worker + 1) * layout.size]
+        for gauge in layout.gauges.values():  # the worker that had this part before may have died in the middle
+            self._own[gauge] = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Metrics {self._layout!r}>"
+
+    def started(self, event: RequestStarted) -> None:
+        gauge = self._layout.gauges.get((event.model, event.endpoint))
+        if gauge is not None:
+            self._own[gauge] += 1
+
+    def finished(self, event: RequestFinished) -> None:
+        own, layout = self._own, self._layout
+        gauge = layout.gauges.get((event.model, event.endpoint))
+        if gauge is not None:
+            own[gauge] -= 1
+        at = layout.series.get((event.model, event.endpoint, event.operation), layout.elsewhere)
+        own[at + _OUTCOME_AT[event.error, event.finish_reason]] += 1
+        own[at + _IN.at] += event.tokens_in
+        own[at + _OUT.at] += event.tokens_out
+        own[at + _CACHED.at] += event.tokens_cached
+        self._observe(at, _E2E, event.seconds)
+        if event.to_first_token is not None:
+            self._observe(at, _TTFT, event.to_first_token)
+        if event.per_token is not None:
+            self._observe(at, _TPOT, event.per_token)
+        if event.overhead is not None:
+            self._observe(at, _OVERHEAD, event.overhead)
+
+    def _observe(self, at: int, histogram: Histogram, value: float) -> None:
+        self._own[at + histogram.at + bisect_left(histogram.bounds, value)] += 1
+        self._own[at + histogram.sum_at] += value
+
+    def page(self, accept: str) -> tuple[bytes, bytes]:
+        """Return the content type and the text for Prometheus: all workers of this server together."""
+        # Imported here because it takes longer than a fifth of the rest of the start.
+        from prometheus_client.exposition import choose_encoder
+
+        encode, content_type = choose_encoder(accept)
+        return content_type.encode(), encode(_Collected(list(self._collect())))
+
+    def _collect(self) -> Iterator["Metric"]:
+        size = self._layout.size
+        parts = [self._all[i : i + size] for i in range(0, len(self._all), size)]
+        counted = {key: at for key, at in self._layout.series.items() if any(_summed(parts, at, len(_OUTCOMES)))}
+        rows = {key: _summed(parts, at, _WIDTH) for key, at in counted.items()}
+        gauges = {key: _summed(parts, at, 1)[0] for key, at in self._layout.gauges.items()}
+        yield from _families(rows, gauges)
+
+
+class _Collected:
+    """What prometheus_client takes for a registry."""
+
+    def __init__(self, metrics: list["Metric"]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list["Metric"]:
+        return self._metrics
+
+
+_Rows = dict[tuple[str, str, str], list[float]]
+
+
+def _summed(parts: Sequence["memoryview[float]"], at: int, width: int) -> list[float]:
+    return [sum(column) for column in zip(*(part[at : at + width] for part in parts), strict=True)]
+
+
+def _families(rows: _Rows, gauges: dict[tuple[str, str], float]) -> Iterator["Metric"]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    running = GaugeMetricFamily(
+        "polyvox_num_requests_running", "Requests under way at an endpoint", labels=("model_name", "endpoint")
+    )
+    for place, value in gauges.items():
+        running.add_metric(place, value)
+    yield running
+    requests = CounterMetricFamily("polyvox_requests", "Requests that are over, however they ended", labels=_LABELS)
+    for labels, row in rows.items():
+        requests.add_metric(labels, sum(row[: len(_OUTCOMES)]))
+    yield requests
+    yield _by_outcome(rows, "polyvox_request_success", "Requests without an error, by how they ended",
+                      "finished_reason", FINISH_REASONS, 0)  # fmt: skip
+    yield _by_outcome(rows, "polyvox_request_errors", "Requests that failed, by why",
+                      "error_type", ERROR_TYPES, len(FINISH_REASONS))  # fmt: skip
+    for counter in _TOKENS:
+        yield _counter(rows, counter)
+    for histogram in _HISTOGRAMS:
+        yield _histogram(rows, histogram)
+
+
+_LABELS = ("model_name", "endpoint", "operation")
+
+
+def _by_outcome(rows: _Rows, name: str, text: str, label: str, values: tuple[str, ...], first: int) -> "Metric":
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily(name, text, labels=(*_LABELS, label))
+    for labels, row in rows.items():
+        for i, value in enumerate(values, first):
+            if row[i]:
+                family.add_metric((*labels, value), row[i])
+    return family
+
+
+def _counter(rows: _Rows, counter: Counter) -> "Metric":
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily(counter.name, counter.help, labels=_LABELS)
+    for labels, row in rows.items():
+        family.add_metric(labels, row[counter.at])
+    return family
+
+
+def _histogram(rows: _Rows, histogram: Histogram) -> "Metric":
+    from prometheus_client.core import HistogramMetricFamily
+
+    family = HistogramMetricFamily(histogram.name, histogram.help, labels=_LABELS)
+    names = [*(repr(float(bound)) for bound in histogram.bounds), "+Inf"]
+    for labels, row in rows.items():
+        counts = list(accumulate(row[histogram.at : histogram.sum_at]))
+        if counts[-1]:
+            family.add_metric(labels, list(zip(names, counts, strict=True)), row[histogram.sum_at])
+    return family
