@@ -144,6 +144,13 @@ def test_every_path_reaches_the_engine_and_answers_under_the_alias(http: httpx2.
     assert '"fast"' not in answer.text
 
 
+def test_the_events_of_a_streamed_response_stay_whole_under_an_alias(sdk: OpenAI):
+    events = list(sdk.responses.create(model="gpt-4o", input="hi", stream=True))
+    wrapped = [event.response.model for event in events if hasattr(event, "response")]
+    assert len(wrapped) >= 2
+    assert set(wrapped) == {"gpt-4o"}
+
+
 def test_a_form_reaches_the_engine_with_its_file(http: httpx2.Client):
     answer = http.post("/v1/audio/transcriptions", data={"model": "gpt-4o"}, files={"file": ("a.wav", b"x" * 1000)})
     assert answer.status_code == 200
