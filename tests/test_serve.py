@@ -412,6 +412,24 @@ def test_a_request_waits_for_an_engine_that_is_starting(tmp_path: Path):
         assert running.process.wait(30) == 0, running.log()
 
 
+def test_why_an_engine_failed_is_told_to_its_owner_and_not_to_clients(tmp_path: Path):
+    configuration = {
+        "models": {"lost": {"engine": {"weights": "/no/such/folder", "devices": "cpu", "dtype": "float32"}}}
+    }
+    running = start(configuration, tmp_path)
+    try:
+        eventually(lambda: "lost/0 failed" in _states(running), 60, running.log)
+        with httpx2.Client(base_url=running.base_url, timeout=30) as client:
+            eventually(lambda: client.get("/ready").json()["models"]["lost"]["state"] == "failed", 30)
+            shown = client.get("/ready").text + client.post("/v1/completions", json={"model": "lost"}).text
+        assert "there is no folder /no/such/folder" in running.fleet()["lost"].detail
+        assert "/no/such" not in shown
+        assert "model_not_available" in shown
+    finally:
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0, running.log()
+
+
 def test_a_request_that_waits_too_long_is_told_to_come_back(tmp_path: Path):
     configuration = {"models": {"late": simulator(startup=3600)}, "server": {"start_wait": 0.1}}
     running = start(configuration, tmp_path)
