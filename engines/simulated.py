@@ -15,6 +15,7 @@ Document = Mapping[str, Any]
 
 _encode = msgspec.json.encode
 _DIMENSIONS = 8
+_FINGERPRINT = {"system_fingerprint": "vllm-0.32.0-simulated"}
 _NOTHING: Document = {}
 DONE = b"data: [DONE]\n\n"
 
@@ -169,7 +170,13 @@ class Chat:
         message = {"role": "assistant", "content": work.text, **nothing}
         choice = {"message": message, "logprobs": None, "finish_reason": work.finish, "stop_reason": None}
         choices = [{"index": i, **choice, "token_ids": None} for i in range(work.choices)]
-        return {**_base(work, "chat.completion"), "choices": choices, "usage": work.usage, "metrics": None}
+        return {
+            **_base(work, "chat.completion"),
+            "choices": choices,
+            **_FINGERPRINT,
+            "usage": work.usage,
+            "metrics": None,
+        }
 
     def opening(self, work: Work) -> bytes:
         delta = {"role": "assistant", "content": ""}
@@ -186,7 +193,9 @@ class Chat:
     def _chunk(self, work: Work, index: int, delta: object, extra: Document = _NOTHING, *, last: bool = False) -> bytes:
         finish = {"finish_reason": work.finish, "stop_reason": None} if last else {"finish_reason": None}
         choice = {"index": index, "delta": delta, "logprobs": None, **finish}
-        return event({**_base(work, "chat.completion.chunk"), "choices": [choice], **extra})
+        return event(
+            {**_base(work, "chat.completion.chunk"), "choices": [choice], **extra, **_fingerprint(work, last=last)}
+        )
 
 
 class Completion:
@@ -205,7 +214,13 @@ class Completion:
     def whole(self, work: Work) -> object:
         choice = {"text": work.text, "logprobs": None, "finish_reason": work.finish, "stop_reason": None}
         choices = [{"index": i, **choice} for i in range(work.choices)]
-        return {**_base(work, "text_completion"), "choices": choices, "usage": work.usage, "metrics": None}
+        return {
+            **_base(work, "text_completion"),
+            "choices": choices,
+            **_FINGERPRINT,
+            "usage": work.usage,
+            "metrics": None,
+        }
 
     def opening(self, work: Work) -> bytes:
         return b""
@@ -220,7 +235,7 @@ class Completion:
     def _chunk(self, work: Work, index: int, text: str, *, last: bool) -> bytes:
         finish = work.finish if last else None
         choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish, "stop_reason": None}
-        return event({**_base(work, "text_completion"), "choices": [choice]})
+        return event({**_base(work, "text_completion"), "choices": [choice], **_fingerprint(work, last=last)})
 
 
 class Responses:
@@ -481,8 +496,13 @@ def _base(work: Work, kind: str) -> dict[str, object]:
     return {"id": work.id, "object": kind, "created": work.created, "model": work.model}
 
 
+def _fingerprint(work: Work, *, last: bool) -> Document:
+    """What the last event of a choice says of the engine, unless the usage after it will."""
+    return _FINGERPRINT if last and not work.wants_usage else _NOTHING
+
+
 def _usage_chunk(work: Work, kind: str) -> bytes:
-    return event({**_base(work, kind), "choices": [], "usage": work.usage}) if work.wants_usage else b""
+    return event({**_base(work, kind), "choices": [], "usage": work.usage, **_FINGERPRINT}) if work.wants_usage else b""
 
 
 def _is_last(work: Work, number: int) -> bool:

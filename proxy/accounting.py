@@ -178,16 +178,17 @@ class StreamAccount:
     first_token: bytes that the event of the first token has, and none before it.
 
     vLLM says `system_fingerprint` in the last event of a client that does not ask for usage, and in the usage event of
-    one that does. So the event that ends a choice is kept until the next one comes, which follows at once, and gets the
-    fingerprint if that one is the event taken out. Other servers say `"usage":null` in each event of those who ask.
+    one that does. So events that end a choice are kept until another comes, which after the last follows at once, and
+    get the fingerprint if that one is the event taken out. (Of several choices, one that ends well before the others
+    passes without.) Other servers say `"usage":null` in each event of those who ask.
     """
 
     def __init__(self, *, hide_usage: bool = False, first_token: bytes = b"") -> None:
         self._hide_usage = hide_usage
         self._first_token = first_token
-        # All mutable state: the incomplete event, the one that is kept, and what was read.
+        # All mutable state: the incomplete event, those that are kept, and what was read.
         self._events = sse.Events()
-        self._kept = b""
+        self._kept: list[bytes] = []
         self.tally = Tally()
         self.begun = False
 
@@ -217,16 +218,16 @@ class StreamAccount:
         if not self._hide_usage:
             return event
         if part.is_usage_alone():
-            return _with_fingerprint(self._release(), part.system_fingerprint)
-        event, released = _without_null_usage(event), self._release()
+            return self._release(part.system_fingerprint)
+        event = _without_null_usage(event)
         if part.finish() is None:
-            return released + event
-        self._kept = event
-        return released
+            return self._release() + event
+        self._kept.append(event)
+        return b""
 
-    def _release(self) -> bytes:
-        kept, self._kept = self._kept, b""
-        return kept
+    def _release(self, fingerprint: str | None = None) -> bytes:
+        kept, self._kept = self._kept, []
+        return b"".join([_with_fingerprint(event, fingerprint) for event in kept] if fingerprint else kept)
 
 
 _NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null').search
@@ -259,9 +260,9 @@ def _without_null_usage(event: bytes) -> bytes:
     return event[: found.start()] + event[found.end() :] if found else event
 
 
-def _with_fingerprint(event: bytes, fingerprint: str | None) -> bytes:
+def _with_fingerprint(event: bytes, fingerprint: str) -> bytes:
     at = event.rfind(b"}")
-    if fingerprint is None or at < 0 or b'"system_fingerprint"' in event:
+    if at < 0 or b'"system_fingerprint"' in event:
         return event
     return event[:at] + b',"system_fingerprint":' + _encode(fingerprint) + event[at:]
 

@@ -1,0 +1,263 @@
+"""What is counted, how it is shown, and that one close() settles a request however it ends."""
+
+import asyncio
+import os
+
+import pytest
+
+from engines.spec import EngineSettings, FleetStatus, Simulation
+from proxy import errors, telemetry
+from proxy.accounting import StreamAccount
+from proxy.api import MODEL_PATHS
+from proxy.balancer import Load
+from proxy.config import Config, EndpointSettings, ModelSettings, Server
+from proxy.errors import ConnectFailed, PoolTimeout, UnknownModel, WrongKey
+from proxy.metrics import Metrics, shared_memory
+from proxy.registry import build
+from proxy.relay import Exchange
+from proxy.telemetry import RequestFinished, RequestStarted
+from tests.scraping import Page
+
+CONFIG = Config(
+    server=Server(workers=2),
+    models={
+        "local": ModelSettings(engine=EngineSettings(simulator=Simulation(), replicas=2)),
+        "remote": ModelSettings(endpoints=(EndpointSettings(base_url="http://x/v1"),)),
+    },
+)
+STREAM = b"""data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}
+
+data: {"choices":[{"delta":{},"finish_reason":"stop"}]}
+
+data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":5,"prompt_tokens_details":{"cached_tokens":3}}}
+
+"""
+
+
+def page_of(metrics: Metrics) -> Page:
+    return Page.of(metrics.page("")[1].decode())
+
+
+def finished(**changed: object) -> RequestFinished:
+    usual = {
+        "model": "local", "endpoint": "local/0", "operation": "chat", "status": 200, "error": None,
+        "finish_reason": "stop", "seconds": 1.5, "to_first_token": 0.2, "per_token": 0.02, "overhead": 0.0001,
+        "tokens_in": 10, "tokens_out": 20, "tokens_cached": 4,
+    }  # fmt: skip
+    return RequestFinished(**{**usual, **changed})  # type: ignore[arg-type]
+
+
+LOCAL = {"model_name": "local", "endpoint": "local/0", "operation": "chat"}
+
+
+def test_a_request_is_counted_with_its_tokens_times_and_end():
+    metrics = Metrics(CONFIG)
+    metrics.finished(finished())
+    metrics.finished(finished(finish_reason="abort", tokens_out=0, per_token=None))
+    metrics.finished(finished(error="connect_failed", to_first_token=None, per_token=None, overhead=None))
+    page = page_of(metrics)
+    for name, labels, expected in [
+        ("requests_total", {}, 3),
+        ("request_success_total", {"finished_reason": "stop"}, 1),
+        ("request_success_total", {"finished_reason": "abort"}, 1),
+        ("request_errors_total", {"error_type": "connect_failed"}, 1),
+        ("prompt_tokens_total", {}, 30),
+        ("prompt_tokens_cached_total", {}, 12),
+        ("generation_tokens_total", {}, 40),
+        ("time_to_first_token_seconds_count", {}, 2),
+        ("time_to_first_token_seconds_bucket", {"le": "0.1"}, 0),
+        ("time_to_first_token_seconds_bucket", {"le": "0.25"}, 2),
+        ("request_time_per_output_token_seconds_sum", {}, 0.02),
+        ("e2e_request_latency_seconds_bucket", {"le": "+Inf"}, 3),
+        ("e2e_request_latency_seconds_sum", {}, 4.5),
+        ("request_overhead_seconds_count", {}, 2),
+    ]:
+        assert page.value(f"polyvox_{name}", **LOCAL, **labels) == expected, name
+
+
+def test_every_worker_shows_the_sum_of_all():
+    memory = shared_memory()
+    try:
+        workers = [Metrics(CONFIG, number, memory) for number in (0, 1)]
+        for worker in workers:
+            worker.started(RequestStarted("local", "local/0"))
+            worker.finished(finished(model="remote", endpoint="remote/0"))
+        pages = [page_of(worker) for worker in workers]
+        assert [page.value("polyvox_requests_total", endpoint="remote/0") for page in pages] == [2, 2]
+        assert [page.value("polyvox_num_requests_running", endpoint="local/0") for page in pages] == [2, 2]
+    finally:
+        os.close(memory)
+
+
+def test_a_worker_that_replaces_another_keeps_its_counts_but_not_what_it_had_under_way():
+    memory = shared_memory()
+    try:
+        dead = Metrics(CONFIG, 1, memory)
+        dead.started(RequestStarted("local", "local/1"))
+        dead.finished(finished())
+        page = page_of(Metrics(CONFIG, 1, memory))
+        assert page.value("polyvox_num_requests_running", endpoint="local/1") == 0
+        assert page.value("polyvox_requests_total", **LOCAL) == 1
+    finally:
+        os.close(memory)
+
+
+def test_what_no_configuration_names_is_counted_in_one_series():
+    metrics = Metrics(CONFIG)
+    for i in range(300):
+        metrics.started(RequestStarted(f"m{i}", f"e{i}"))
+        metrics.finished(finished(model=f"m{i}", endpoint=f"e{i}", operation=f"o{i}"))
+    page = page_of(metrics)
+    assert page.series("polyvox_requests_total") == [{"model_name": "unknown", "endpoint": "", "operation": "other"}]
+    assert page.value("polyvox_requests_total") == 300
+
+
+def test_every_endpoint_of_the_registry_has_its_gauge():
+    shown = {(s["model_name"], s["endpoint"]) for s in page_of(Metrics(CONFIG)).series("polyvox_num_requests_running")}
+    remote = build(CONFIG, FleetStatus(version=0)).models["remote"].endpoints
+    assert shown == {(e.model, e.id) for e in CONFIG.engines()} | {(e.model, e.name) for e in remote}
+
+
+def test_openmetrics_is_spoken_to_those_who_ask_for_it():
+    metrics = Metrics(CONFIG)
+    metrics.finished(finished())
+    kind, page = metrics.page("application/openmetrics-text; version=1.0.0")
+    assert kind.startswith(b"application/openmetrics-text")
+    assert page.endswith(b"# EOF\n")
+
+
+def test_every_error_has_a_type_from_a_fixed_set():
+    assert telemetry.error_type(PoolTimeout()) == "pool_timeout"
+    assert telemetry.error_type(WrongKey()) == "wrong_key"
+    assert telemetry.error_type(RuntimeError("secret")) == "internal_error"
+    assert telemetry.error_type(type("Later", (ConnectFailed,), {})()) == "connect_failed"
+    raised = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.RequestError)]
+    assert {telemetry._type_name(e) for e in raised} <= set(telemetry.ERROR_TYPES)
+
+
+def test_every_path_for_models_has_an_operation():
+    assert set(MODEL_PATHS) == set(telemetry.OPERATIONS)
+
+
+# One close() for all
+
+
+class Recorded:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.under_way = 0
+        self.events: list[RequestFinished] = []
+
+    def started(self, event: RequestStarted) -> None:
+        self.under_way += 1
+
+    def finished(self, event: RequestFinished) -> None:
+        self.under_way -= bool(event.endpoint)
+        self.events.append(event)
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class FakeAnswer:
+    status = 200
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def sink() -> Recorded:
+    return Recorded()
+
+
+def under_way(sink: Recorded, clock: Clock, load: Load) -> tuple[Exchange, FakeAnswer, StreamAccount]:
+    """Return an exchange whose answer has begun."""
+    exchange, answer, account = Exchange(sink, "chat", clock), FakeAnswer(), StreamAccount(hide_usage=True)
+    clock.tick(5.0)  # a slow upload is not our overhead
+    exchange.received()
+    exchange.model = "local"
+    clock.tick(0.001)
+    exchange.begin("local/0", load.lease())
+    clock.tick(2.0)
+    exchange.answered(answer)  # type: ignore[arg-type]
+    clock.tick(0.002)
+    exchange.passes(account, streamed=True)
+    return exchange, answer, account
+
+
+def test_a_stream_is_timed_from_the_request_being_here(sink: Recorded, clock: Clock):
+    exchange, _, account = under_way(sink, clock, Load())
+    exchange.token()
+    account.feed(STREAM)
+    clock.tick(0.8)
+    exchange.complete()
+    asyncio.run(exchange.close())
+    (event,) = sink.events
+    assert event.overhead == pytest.approx(0.003)
+    assert event.to_first_token == pytest.approx(2.003)
+    assert event.per_token == pytest.approx(0.2)
+    assert event.seconds == pytest.approx(2.803)
+    assert (event.tokens_in, event.tokens_out, event.tokens_cached) == (11, 5, 3)
+    assert (event.finish_reason, event.error, event.status) == ("stop", None, 200)
+
+
+@pytest.mark.parametrize("error", [None, ConnectFailed(), asyncio.CancelledError()])
+def test_whatever_happens_all_is_settled_once(sink: Recorded, clock: Clock, error: BaseException | None):
+    load = Load()
+    exchange, answer, _ = under_way(sink, clock, load)
+    if error:
+        exchange.fail(error)
+    for _ in range(3):
+        asyncio.run(exchange.close())
+    assert (load.in_flight, answer.closed, sink.under_way, len(sink.events)) == (0, 1, 0, 1)
+
+
+def test_a_client_that_goes_is_no_error_of_the_endpoint(sink: Recorded, clock: Clock):
+    exchange, _, _ = under_way(sink, clock, Load())
+    exchange.fail(asyncio.CancelledError())
+    asyncio.run(exchange.close())
+    assert (sink.events[0].finish_reason, sink.events[0].error) == ("abort", None)
+
+
+def test_an_error_of_the_client_is_told_from_one_of_the_endpoint(sink: Recorded, clock: Clock):
+    refused = Exchange(sink, "chat", clock)
+    refused.fail(UnknownModel("nope", []), 404)
+    asyncio.run(refused.close())
+    failing, answer, _ = under_way(sink, clock, Load())
+    answer.status = 503
+    failing.answered(answer)  # type: ignore[arg-type]
+    failing.complete()
+    asyncio.run(failing.close())
+    assert [event.error for event in sink.events] == ["unknown_model", "upstream_5xx"]
+    assert sink.events[0].model == "unknown"
+
+
+def test_waiting_for_an_engine_that_starts_is_not_our_overhead(sink: Recorded, clock: Clock):
+    exchange = Exchange(sink, "chat", clock)
+    clock.tick(30.0)
+    exchange.waited()
+    exchange.begin("local/0", Load().lease())
+    exchange.passes(StreamAccount(), streamed=True)
+    asyncio.run(exchange.close())
+    assert sink.events[0].overhead == 0
+    assert sink.events[0].seconds == 30
