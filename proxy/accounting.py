@@ -22,7 +22,7 @@ _SAME = {
 }  # fmt: skip
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one request. cached: those of the prompt that needed no work."""
 
     tokens_in: int = 0
@@ -38,11 +38,11 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=2**50)]
 _NOTHING = msgspec.Raw()
 
 
-class _Details(msgspec.Struct, frozen=True):
+class _Details(msgspec.Struct, frozen=True, gc=False):
     cached_tokens: _Count | None = None
 
 
-class _Usage(msgspec.Struct, frozen=True):
+class _Usage(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: _Count | None = None
     completion_tokens: _Count | None = None
     prompt_tokens_details: _Details | None = None
@@ -53,19 +53,19 @@ class _Usage(msgspec.Struct, frozen=True):
     cache_creation_input_tokens: _Count | None = None
 
 
-class _Choice(msgspec.Struct, frozen=True):
+class _Choice(msgspec.Struct, frozen=True, gc=False):
     finish_reason: str | None = None
 
 
-class _Stop(msgspec.Struct, frozen=True):
+class _Stop(msgspec.Struct, frozen=True, gc=False):
     stop_reason: str | None = None
 
 
-class _Incomplete(msgspec.Struct, frozen=True):
+class _Incomplete(msgspec.Struct, frozen=True, gc=False):
     reason: str | None = None
 
 
-class _Part(msgspec.Struct, frozen=True):
+class _Part(msgspec.Struct, frozen=True, gc=False):
     """An event, a document, or the `response` or `message` in one."""
 
     choices: list[_Choice] | None = None

@@ -134,17 +134,18 @@ class Api:
         headers = [*reply.headers, (b"x-request-id", request.request_id)]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         try:
-            async for data in reply:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+            async for data in reply.source:
+                if passing := reply.read(data):
+                    await send({"type": "http.response.body", "body": passing, "more_body": True})
+            rest = reply.end()
         except UpstreamError as e:
             exchange.fail(e)
             # The head is sent, so the status can no longer tell. A stream says it in an event of its own;
             # any other body stays short of its length and the connection is cut: never a false success.
             if not reply.is_event_stream:
                 raise _Cut from e
-            event = sse.error_event(upstream_failure(e).envelope())
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            rest = reply.broken() + sse.error_event(upstream_failure(e).envelope())
+        await send({"type": "http.response.body", "body": rest, "more_body": False})
         exchange.complete()
 
     async def _show_models(

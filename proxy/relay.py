@@ -7,7 +7,6 @@ from time import perf_counter
 from proxy import sse, wire
 from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount
 from proxy.balancer import Lease
-from proxy.errors import UpstreamError
 from proxy.telemetry import FIRST_TOKEN, UNKNOWN, RequestFinished, RequestStarted, Sink, error_type
 from proxy.transport import Answer
 
@@ -138,57 +137,52 @@ class Exchange:
 
 
 class Reply:
-    """An answer ready to be sent: status, headers, and, iterated over, chunks of the body as they come."""
+    """An answer ready to be sent: status, headers, and a source of bytes of which each goes through `read`.
+
+    Bytes are pulled from the source by whoever sends them, since a layer between would cost as much as all the reading.
+    """
 
     def __init__(
         self,
         exchange: Exchange,
         status: int,
         headers: list[tuple[bytes, bytes]],
-        body: AsyncIterator[bytes],
+        source: AsyncIterator[bytes],
         account: Account,
         change: Callable[[bytes], bytes] | None = None,
     ) -> None:
         self.status = status
         self.headers = headers
+        self.source = source
         self.is_event_stream = isinstance(account, StreamAccount)
         self._exchange = exchange
-        self._body = body
         self._account = account
         self._change = change
-        # All mutable state: why the body will not go on, None while it does.
-        self._end: Exception | None = None
+        # All mutable state: whether the first token is still to come.
+        self._awaits_token = True
         exchange.passes(account, streamed=self.is_event_stream)
 
     def __repr__(self) -> str:
         return f"<Reply {self.status} {self._exchange!r}>"
 
-    def __aiter__(self) -> "Reply":
-        return self
-
-    async def __anext__(self) -> bytes:
-        while self._end is None:
-            if data := await self._next():
-                return self._change(data) if self._change else data
-        raise self._end
-
-    async def _next(self) -> bytes:
-        """Return what may pass on of the next bytes, or of all that is left."""
-        account = self._account
-        try:
-            data = await self._body.__anext__()
-        except StopAsyncIteration as end:
-            self._end = end
-            return account.end()
-        except UpstreamError as error:
-            self._end = error
-            return account.broken()
-        if account.begun:
-            return account.feed(data)
-        passed = account.feed(data)
-        if account.begun:
+    def read(self, data: bytes) -> bytes:
+        """Take what came from the source; return what is to be sent now, perhaps nothing."""
+        data = self._account.feed(data)
+        if self._awaits_token and self._account.begun:
+            self._awaits_token = False
             self._exchange.token()
-        return passed
+        return self._change(data) if self._change and data else data
+
+    def end(self) -> bytes:
+        """The source is exhausted: return what is still to be sent."""
+        return self._changed(self._account.end())
+
+    def broken(self) -> bytes:
+        """The source failed: return what may still be sent, which ends where an event does."""
+        return self._changed(self._account.broken())
+
+    def _changed(self, data: bytes) -> bytes:
+        return self._change(data) if self._change else data
 
 
 async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_usage: bool = False) -> Reply:
@@ -216,7 +210,10 @@ async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_
 
 def content_type(headers: list[tuple[bytes, bytes]]) -> bytes:
     """Return the value of Content-Type in lower case, or b""."""
-    return next((value.lower() for name, value in headers if name == b"content-type"), b"")
+    for name, value in headers:
+        if name == b"content-type":
+            return value.lower()
+    return b""
 
 
 def with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:

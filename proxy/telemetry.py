@@ -44,14 +44,14 @@ FIRST_TOKEN = {
 }
 
 
-class RequestStarted(msgspec.Struct, frozen=True):
+class RequestStarted(msgspec.Struct, frozen=True, gc=False):
     """A request was sent to an endpoint."""
 
     model: str
     endpoint: str
 
 
-class RequestFinished(msgspec.Struct, frozen=True):
+class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     """A request is over.
 
     model: a configured one, or UNKNOWN. endpoint: the one it was sent to, "" for none. status: 0 where the client had

@@ -1,0 +1,92 @@
+"""What an endpoint is sent, and what it holds while it answers."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+
+from engines.spec import FleetStatus
+from proxy.chat import Chat, Incoming
+from proxy.config import Config, EndpointSettings, ModelSettings
+from proxy.metrics import Metrics
+from proxy.probe import LiveRegistry
+from proxy.registry import build
+from proxy.relay import Exchange
+
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
+
+
+class FakeTransport:
+    """Remembers the bodies it is given, and answers with a stream of usage alone."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+
+    async def send(self, method: bytes, path: bytes, headers: object, body: bytes, timeouts: object) -> "FakeAnswer":
+        self.bodies.append(body)
+        return FakeAnswer()
+
+    async def close(self) -> None:
+        pass
+
+
+class FakeAnswer:
+    status = 200
+
+    def __init__(self) -> None:
+        self.headers = [(b"content-type", b"text/event-stream")]
+        self._chunks = self._pieces()
+
+    def __aiter__(self) -> "FakeAnswer":
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await anext(self._chunks)
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        yield USAGE
+
+    async def close(self) -> None:
+        pass
+
+
+def asked(path: str, body: dict[str, object], *, stream_usage: bool = True) -> tuple[bytes, bytes]:
+    """Return what the endpoint of a remote model was sent, and what its client gets."""
+    endpoint = EndpointSettings(base_url="http://x/v1", stream_usage=stream_usage)
+    config = Config(models={"m": ModelSettings(endpoints=(endpoint,))})
+    transport = FakeTransport()
+    live = LiveRegistry(build(config, FleetStatus(version=0)))
+    chat = Chat(live, lambda endpoint: transport, 1.0)  # type: ignore[arg-type, return-value]
+    request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id")
+
+    async def story() -> bytes:
+        exchange = Exchange(Metrics(config), "chat" if "chat" in path else "responses")
+        reply = await chat.answer(request, exchange)
+        passed = [reply.read(data) async for data in reply.source]
+        await exchange.close()
+        return b"".join([*passed, reply.end()])
+
+    got = asyncio.run(story())
+    return transport.bodies[0], got
+
+
+def test_an_endpoint_is_asked_what_a_stream_used_and_the_client_does_not_see_it():
+    sent, got = asked("/v1/chat/completions", {"model": "m", "stream": True})
+    assert json.loads(sent)["stream_options"] == {"include_usage": True}
+    assert got == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "stream_usage"),
+    [
+        ("/v1/chat/completions", {"model": "m", "stream": True}, False),
+        ("/v1/chat/completions", {"model": "m", "stream": True, "stream_options": {"include_usage": True}}, True),
+        ("/v1/chat/completions", {"model": "m"}, True),
+        ("/v1/responses", {"model": "m", "stream": True}, True),
+    ],
+)
+def test_no_endpoint_is_asked_that_refuses_or_tells_by_itself(path, body, stream_usage):
+    sent, got = asked(path, body, stream_usage=stream_usage)
+    assert sent == json.dumps(body).encode()
+    assert got == USAGE
