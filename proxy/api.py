@@ -14,7 +14,7 @@ from litestar.handlers import asgi
 from litestar.types import HTTPScope, Receive, Scope, Send
 
 from proxy import sse
-from proxy.auth import Keys
+from proxy.auth import Caller, Keys
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.errors import (
@@ -95,21 +95,21 @@ class Api:
         receive: Receive,
         send: Send,
         method: str,
-        handle: Callable[[HTTPScope, Receive, Send, bytes], Awaitable[None]],
+        handle: Callable[[HTTPScope, Receive, Send, bytes, Caller], Awaitable[None]],
     ) -> None:
         """Check method and key, then handle; turn whatever goes wrong into one envelope."""
         request_id = _request_id(scope["headers"])
         try:
-            self._keys.check(scope["headers"])
+            caller = self._keys.check(scope["headers"])
             if scope["method"] != method:
                 raise MethodNotAllowed(scope["method"], scope["raw_path"].decode("latin-1"), method)
-            await handle(scope, receive, send, request_id)
+            await handle(scope, receive, send, request_id, caller)
         except RequestError as e:
             await send_error(send, e, request_id, scope["path"])
         except UpstreamError as e:
             await send_error(send, upstream_failure(e), request_id, scope["path"])
 
-    async def _answer(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes) -> None:
+    async def _answer(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, caller: Caller) -> None:
         body = await _read_body(scope, receive, self._server.max_body_bytes)
         if body is None:
             return
@@ -120,6 +120,7 @@ class Api:
             headers=list(scope["headers"]),
             body=body,
             request_id=request_id,
+            salt=caller.salt,
         )
         async with _UntilGone(receive):
             await self._relay(request, send)
@@ -143,7 +144,9 @@ class Api:
         finally:
             await reply.close()
 
-    async def _show_models(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes) -> None:
+    async def _show_models(
+        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, caller: Caller
+    ) -> None:
         registry = self._live.current
         name = unquote(scope["raw_path"].decode("latin-1")).removeprefix("/v1/models").strip("/")
         if name:
@@ -152,7 +155,9 @@ class Api:
             body = {"object": "list", "data": [self._card(registry, name) for name in registry.names()]}
         await _send_json(send, 200, body, [(b"x-request-id", request_id)])
 
-    async def _refuse_path(self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes) -> None:
+    async def _refuse_path(
+        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, caller: Caller
+    ) -> None:
         path = scope["raw_path"].decode("latin-1")
         raise UnknownPath(scope["method"], path, (*MODEL_PATHS, "/v1/models", "/health", "/ready"))
 

@@ -8,7 +8,11 @@ from proxy.transport import Answer
 
 _EVENT_STREAM = b"text/event-stream"
 _JSON = b"application/json"
-_SERVERS_OWN = frozenset((b"date", b"server"))  # of an upstream's server; ours says its own
+# Of an upstream's server: ours says its own, and its cookies, certificates and addresses are not for our clients.
+_SERVERS_OWN = frozenset(
+    (b"date", b"server", b"via", b"x-powered-by", b"set-cookie", b"location", b"alt-svc", b"x-request-id",
+     b"strict-transport-security", b"www-authenticate", b"x-polyvox-model", b"x-polyvox-endpoint")
+)  # fmt: skip
 _DOCUMENT_LIMIT = 256 * 1024 * 1024
 
 
