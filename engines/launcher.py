@@ -55,9 +55,12 @@ class Launcher:
         if source is None:
             return self._launch(spec, "", "", self._address(spec))
         kind = await asyncio.to_thread(environment.kind, spec.settings.devices)
-        async with asyncio.TaskGroup() as together:  # 2
-            installing = together.create_task(environment.ensure(kind, self._paths, report))
-            together.create_task(weights.fetch(source, self._paths, lambda *_: None))
+        try:
+            async with asyncio.TaskGroup() as together:  # 2
+                installing = together.create_task(environment.ensure(kind, self._paths, report))
+                together.create_task(weights.fetch(source, self._paths, lambda *_: None))
+        except* Exception as failures:
+            raise failures.exceptions[0] from None
         interpreter = installing.result()
         warming = asyncio.create_task(environment.warm_up(kind, self._paths))
         self._warming.add(warming)

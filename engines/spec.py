@@ -3,7 +3,7 @@
 Data only. The proxy and the supervisor share this module and nothing else.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -61,7 +61,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: Count | None = None
     replicas: Count = 1
     devices: str = "auto"
-    args: dict[str, Scalar | list[Scalar] | dict[str, object]] = {}
+    args: dict[str, Scalar | list[Scalar] | dict[str, Any]] = {}
     env: dict[str, str] = {}
     listen: Literal["unix", "tcp"] = "unix"
     autostart: bool = True

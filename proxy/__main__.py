@@ -4,7 +4,6 @@ import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def _state_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(version("polyvox"), prog_name="polyvox")
+@click.version_option(package_name="polyvox", prog_name="polyvox")
 def main() -> None:
     """Many models, one OpenAI API: local vLLM engines first, clouds when needed."""
 

@@ -85,7 +85,7 @@ class Api:
         able = any(model.ready() for model in models.values())
         body = {
             "status": "ready" if able else "not ready",
-            "models": {name: {"state": m.state, "detail": m.detail} for name, m in models.items()},
+            "models": {name: _condition(model) for name, model in models.items()},
         }
         await _send_json(send, 200 if able else 503, body, [] if able else [(b"retry-after", b"5")])
 
@@ -173,6 +173,11 @@ class Api:
             "max_model_len": model.context_length,
             "state": model.state,
         }
+
+
+def _condition(model: Model) -> dict[str, str]:
+    """Return what anybody may know of a model: not why it failed, since a log's tail may hold anything."""
+    return {"state": model.state, "detail": model.detail if model.state == "starting" else ""}
 
 
 class _Cut(Exception):

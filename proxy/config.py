@@ -409,9 +409,15 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
 
 
 _OWN_FLAGS = {
-    "model": "weights", "served-model-name": None, "uds": "listen", "host": "listen", "port": "listen",
+    "api-key": None, "model": "weights", "served-model-name": None, "uds": "listen", "host": "listen", "port": "listen",
     "dtype": "dtype", "max-model-len": "max_model_len", "quantization": "quantization",
 }  # fmt: skip
+
+
+_OWN_FLAG_HINTS = {
+    "api-key": "clients' keys go into server.api_keys, and only the proxy reaches an engine",
+    "served-model-name": "it is the model's name",
+}
 
 
 def _check_engine(engine: EngineSettings, path: tuple[str | int, ...], source: _Source) -> None:
@@ -424,8 +430,10 @@ def _check_engine(engine: EngineSettings, path: tuple[str | int, ...], source: _
             raise source.error((*path, "args", flag), f"write the flag without dashes: {flag.lstrip('-')}")
         if flag.replace("_", "-") in _OWN_FLAGS:
             field = _OWN_FLAGS[flag.replace("_", "-")]
-            hint = f"use engine.{field}" if field else "it is the model's name"
+            hint = f"use engine.{field}" if field else _OWN_FLAG_HINTS[flag.replace("_", "-")]
             raise source.error((*path, "args", flag), f"this flag is set by Polyvox: {hint}")
+        if _SECRET_NAME.search(flag):
+            raise source.error((*path, "args", flag), "a secret on a command line is seen by all; use env")
 
 
 def _check_url(url: str, path: tuple[str | int, ...], source: _Source) -> None:
@@ -453,7 +461,7 @@ def _check_alias(alias: str, target: str, config: Config, source: _Source) -> No
 
 
 _SHORTEST_SECRET = 6  # characters; shorter variables are ports and the like, which would be found everywhere
-_SECRET_NAME = re.compile(r"(?i)(api[-_]?key|token|secret|password)s?$")
+_SECRET_NAME = re.compile(r"(?i)(?:^|[-_])(api[-_]?keys?|token|secrets?|password)$")
 
 
 def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:

