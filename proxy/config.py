@@ -410,13 +410,14 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
 
 _OWN_FLAGS = {
     "api-key": None, "model": "weights", "served-model-name": None, "uds": "listen", "host": "listen", "port": "listen",
-    "dtype": "dtype", "max-model-len": "max_model_len", "quantization": "quantization",
+    "dtype": "dtype", "max-model-len": "max_model_len", "quantization": "quantization", "allowed-media-domains": None,
 }  # fmt: skip
 
 
 _OWN_FLAG_HINTS = {
     "api-key": "clients' keys go into server.api_keys, and only the proxy reaches an engine",
     "served-model-name": "it is the model's name",
+    "allowed-media-domains": "use server.media_domains",
 }
 
 
