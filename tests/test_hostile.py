@@ -43,9 +43,14 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Upstreams(http.server.ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """A connection that is given up is no failure of the test."""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    upstream = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
+    upstream = Upstreams(("127.0.0.1", 0), Upstream)
     threading.Thread(target=upstream.serve_forever, daemon=True).start()
     endpoint = {"base_url": f"http://127.0.0.1:{upstream.server_port}/v1", "api_key": UPSTREAM_KEY}
     configuration = {
@@ -415,6 +420,11 @@ def test_new_clients_take_the_places_of_idle_ones_when_all_are_taken(tmp_path: P
             for _ in range(4):
                 stack.enter_context(connect(running))
             eventually(lambda: _healthy(running), 3)
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(connect(running)).sendall(POST + b"content-length: 10\r\n\r\n")
+            refused = stack.enter_context(connect(running))
+            assert status_of(read_all(refused)) == 503
     finally:
         running.process.terminate()
         running.process.wait()
