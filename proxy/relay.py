@@ -13,7 +13,11 @@ from proxy.transport import Answer
 
 _EVENT_STREAM = b"text/event-stream"
 _JSON = b"application/json"
-_SERVERS_OWN = frozenset((b"date", b"server"))  # of an upstream's server; ours says its own
+# Of an upstream's server: ours says its own, and its cookies, certificates and addresses are not for our clients.
+_SERVERS_OWN = frozenset(
+    (b"date", b"server", b"via", b"x-powered-by", b"set-cookie", b"location", b"alt-svc", b"x-request-id",
+     b"strict-transport-security", b"www-authenticate", b"x-polyvox-model", b"x-polyvox-endpoint")
+)  # fmt: skip
 _DOCUMENT_LIMIT = 256 * 1024 * 1024
 
 
@@ -131,7 +135,7 @@ class Exchange:
 
     def _failure(self) -> str | None:
         if self._error is None and self._status >= 400:
-            return "upstream_4xx" if self._status < 500 else "upstream_5xx"
+            return "upstream_4xx"
         if self._error is None and self._account and self._account.tally.failed:
             return "upstream_error_event"
         return self._error
@@ -153,7 +157,7 @@ class Reply:
         self.headers = headers
         self.is_event_stream = isinstance(account, StreamAccount)
         self._exchange = exchange
-        self._body = body
+        self.body = body
         self._account = account
         self._change = change
         # All mutable state: why the body will not go on, None while it does.
@@ -176,7 +180,7 @@ class Reply:
         """Return what may pass on of the next bytes, or of all that is left."""
         account = self._account
         try:
-            data = await self._body.__anext__()
+            data = await self.body.__anext__()
         except StopAsyncIteration as end:
             self._end = end
             return account.end()
