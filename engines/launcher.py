@@ -76,13 +76,14 @@ class Launcher:
         return Launch(argv, {**self._ours(), **placed.settings.env}, address)
 
     def _ours(self) -> dict[str, str]:
-        """Keep what vLLM writes beside our own data, and its usage statistics off the network."""
+        """Keep what vLLM writes beside our own data, its usage statistics off the network, and itself at home."""
         cache = self._paths.data / "cache"
         return {
             "VLLM_CACHE_ROOT": str(cache / "vllm"),
             "VLLM_CONFIG_ROOT": str(cache / "vllm-config"),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host could redirect to one that is not
         }
 
     def _address(self, spec: EngineSpec) -> str:

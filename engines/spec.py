@@ -72,11 +72,15 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
-    """One engine process: a replica of a local model. `model` is also the name that the engine serves."""
+    """One engine process: a replica of a local model. `model` is also the name that the engine serves.
+
+    media_domains: the hosts that it may fetch pictures and the like from.
+    """
 
     model: str
     replica: int
     settings: EngineSettings
+    media_domains: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -122,6 +126,10 @@ class Launch(msgspec.Struct, frozen=True):
     address: str
 
 
+# vLLM takes an empty list of domains for "any"; no host can have this name (RFC 2606).
+_NO_DOMAIN = "none.invalid"
+
+
 def command_line(spec: EngineSpec, interpreter: str, weights: str, address: str) -> tuple[str, ...]:
     """Return the exact vLLM command line of an engine.
 
@@ -136,6 +144,7 @@ def command_line(spec: EngineSpec, interpreter: str, weights: str, address: str)
         "max-model-len": s.max_model_len,
         "quantization": s.quantization,
         "tensor-parallel-size": _cuda_count(s.devices),
+        "allowed-media-domains": list(spec.media_domains or (_NO_DOMAIN,)),
         **_listen_flags(address),
         **s.args,
     }

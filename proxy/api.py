@@ -14,7 +14,7 @@ from litestar.handlers import asgi
 from litestar.types import HTTPScope, Receive, Scope, Send
 
 from proxy import sse
-from proxy.auth import Keys
+from proxy.auth import Caller, Keys
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.errors import (
@@ -34,6 +34,14 @@ from proxy.telemetry import OPERATIONS, OTHER
 MODEL_PATHS = tuple(OPERATIONS)  # every path of vLLM's server whose body has a `model`
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class Visit(msgspec.Struct, frozen=True):
+    """What belongs to one request whatever it asks for."""
+
+    request_id: bytes
+    caller: Caller
+    exchange: Exchange
 
 
 class Api:
@@ -87,17 +95,17 @@ class Api:
         receive: Receive,
         send: Send,
         method: str,
-        handle: Callable[[HTTPScope, Receive, Send, bytes, Exchange], Awaitable[None]],
+        handle: Callable[[HTTPScope, Receive, Send, Visit], Awaitable[None]],
         keys: Keys | None = None,
     ) -> None:
         """Check method and key, then handle; turn whatever goes wrong into one envelope."""
         request_id = _request_id(scope["headers"])
         exchange = Exchange(self._metrics, OPERATIONS.get(scope["path"].rstrip("/"), OTHER))
         try:
-            (keys or self._keys).check(scope["headers"])
+            caller = (keys or self._keys).check(scope["headers"])
             if scope["method"] != method:
                 raise MethodNotAllowed(scope["method"], scope["raw_path"].decode("latin-1"), method)
-            await handle(scope, receive, send, request_id, exchange)
+            await handle(scope, receive, send, Visit(request_id, caller, exchange))
         except RequestError as e:
             exchange.fail(e, e.status)
             await send_error(send, e, request_id, scope["path"])
@@ -111,30 +119,29 @@ class Api:
         finally:
             await exchange.close()
 
-    async def _answer(
-        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, exchange: Exchange
-    ) -> None:
+    async def _answer(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         body = await _read_body(scope, receive, self._server.max_body_bytes)
         if body is None:
             return
-        exchange.received()
+        visit.exchange.received()
         request = Incoming(
             method=scope["method"],
             path=scope["path"].rstrip("/"),
             query=scope["query_string"],
             headers=list(scope["headers"]),
             body=body,
-            request_id=request_id,
+            request_id=visit.request_id,
+            salt=visit.caller.salt,
         )
         async with _UntilGone(receive):
-            await self._relay(request, send, exchange)
+            await self._relay(request, send, visit.exchange)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
         reply = await self._chat.answer(request, exchange)
         headers = [*reply.headers, (b"x-request-id", request.request_id)]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         try:
-            async for data in reply.source:
+            async for data in reply.body:
                 if passing := reply.read(data):
                     await send({"type": "http.response.body", "body": passing, "more_body": True})
             rest = reply.end()
@@ -148,29 +155,23 @@ class Api:
         await send({"type": "http.response.body", "body": rest, "more_body": False})
         exchange.complete()
 
-    async def _show_models(
-        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, exchange: Exchange
-    ) -> None:
+    async def _show_models(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         registry = self._live.current
         name = unquote(scope["raw_path"].decode("latin-1")).removeprefix("/v1/models").strip("/")
         if name:
             body = self._card(registry, name)
         else:
             body = {"object": "list", "data": [self._card(registry, name) for name in registry.names()]}
-        await _send_json(send, 200, body, [(b"x-request-id", request_id)])
-        exchange.complete()
+        await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
+        visit.exchange.complete()
 
-    async def _show_metrics(
-        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, exchange: Exchange
-    ) -> None:
+    async def _show_metrics(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
         content_type, page = self._metrics.page(accept.decode("latin-1"))
-        await _send_bytes(send, 200, page, [(b"x-request-id", request_id)], content_type)
-        exchange.complete()
+        await _send_bytes(send, 200, page, [(b"x-request-id", visit.request_id)], content_type)
+        visit.exchange.complete()
 
-    async def _refuse_path(
-        self, scope: HTTPScope, receive: Receive, send: Send, request_id: bytes, exchange: Exchange
-    ) -> None:
+    async def _refuse_path(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         path = scope["raw_path"].decode("latin-1")
         raise UnknownPath(scope["method"], path, (*MODEL_PATHS, "/v1/models", "/health", "/ready", "/metrics"))
 

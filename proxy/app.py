@@ -34,7 +34,7 @@ class Worker:
 
     def app(self) -> Litestar:
         """Return the ASGI application; it starts and stops with this worker."""
-        chat = Chat(self._live, self._transport_to, self._config.server.start_wait)
+        chat = Chat(self._live, self._transport_to, self._config.server.start_wait, self._config.limits)
         api = Api(chat, self._live, self._metrics, self._config.server)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 

@@ -1,12 +1,14 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
+import hashlib
 from collections.abc import Callable
 
 import msgspec
 
-from proxy import accounting, balancer, relay, wire
+from proxy import accounting, balancer, failures, forbidden, limits, relay, wire
 from proxy.balancer import Load
 from proxy.errors import EngineStopped, NotReady
+from proxy.limits import Limits
 from proxy.probe import LiveRegistry
 from proxy.registry import Endpoint, Model
 from proxy.relay import Exchange, Reply
@@ -19,9 +21,16 @@ _PASSED = frozenset(
     (b"accept", b"anthropic-beta", b"anthropic-version", b"content-type", b"traceparent", b"tracestate")
 )
 
+_FORMS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations"))
+# The paths of vLLM whose requests take a cache_salt.
+_SALTED = frozenset(
+    ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank",
+     "/v2/rerank", "/rerank", "/v1/score", "/score", "/classify", "/pooling")
+)  # fmt: skip
+
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A request as it reached us, its body whole."""
+    """A request as it reached us, its body whole. salt: see auth.Caller."""
 
     method: str
     path: str
@@ -29,15 +38,23 @@ class Incoming(msgspec.Struct, frozen=True):
     headers: Headers
     body: bytes
     request_id: bytes
+    salt: str | None = None
 
 
 class Chat:
     """Answers requests for models."""
 
-    def __init__(self, live: LiveRegistry, transport_to: Callable[[Endpoint], Transport], start_wait: float) -> None:
+    def __init__(
+        self,
+        live: LiveRegistry,
+        transport_to: Callable[[Endpoint], Transport],
+        start_wait: float,
+        most: Limits,
+    ) -> None:
         self._live = live
         self._transport_to = transport_to
         self._start_wait = start_wait
+        self._limits = most
         # All mutable state: the load of every endpoint ever used, by its name.
         self._loads: dict[str, Load] = {}
 
@@ -48,18 +65,21 @@ class Chat:
         """Answer one request. Whatever is taken for it is given back when the exchange is closed.
 
         1. Read the few fields that decide where it goes.
-        2. Find the model behind the name; wait for it while its engine starts.
+        2. Find the model behind the name, refuse what it may not be asked; wait while its engine starts.
         3. Pick an endpoint, take a lease, send.
         4. Give back the answer, under the name that was asked for.
         """
-        form = relay.content_type(request.headers).startswith(b"multipart/form-data")
+        form = request.path in _FORMS and relay.content_type(request.headers).startswith(b"multipart/form-data")
         envelope = wire.read_form(request.body, _content_type(request)) if form else wire.read_json(request.body)
-        model = await self._ready(self._live.current.resolve(envelope.model), exchange)
+        asked = self._live.current.resolve(envelope.model)
+        limits.check(request.path, b"" if form else request.body, envelope.fields, self._limits)
+        forbidden.check(envelope.fields, asked.policy, self._limits)
+        model = await self._ready(asked, exchange)
         endpoints = model.ready()
         loads = [self._load(e) for e in endpoints]
         chosen = balancer.least_loaded(loads)
         endpoint = endpoints[chosen]
-        body = _upstream_body(request, envelope.model, endpoint, form=form)
+        body = _upstream_body(request, envelope, endpoint, form=form)
         asking = _asking_for_usage(body, envelope, exchange.operation) if endpoint.stream_usage else None
         headers = _upstream_headers(request, endpoint)
         exchange.begin(endpoint.name, loads[chosen].lease())
@@ -71,9 +91,13 @@ class Chat:
             _timeouts(model),
         )
         exchange.answered(answer)
+        if answer.status >= 300:
+            failures.check(answer, endpoint)
         renamed = endpoint.base_path is not None or envelope.model != endpoint.serves
         name = envelope.model if renamed else None
         reply = await relay.reply(answer, exchange, name, hide_usage=asking is not None)
+        if reply.status >= 400:
+            failures.mask(reply, endpoint)
         reply.headers = [*reply.headers, *_our_headers(model, endpoint)]
         return reply
 
@@ -117,19 +141,29 @@ def _upstream_headers(request: Incoming, endpoint: Endpoint) -> Headers:
     return headers
 
 
-def _upstream_body(request: Incoming, asked: str, endpoint: Endpoint, *, form: bool) -> bytes:
-    if asked == endpoint.serves:
-        return request.body
-    if form:
-        return wire.set_form_model(request.body, _content_type(request), endpoint.serves)
-    return wire.set_model(request.body, endpoint.serves)
+def _upstream_body(request: Incoming, envelope: wire.Envelope, endpoint: Endpoint, *, form: bool) -> bytes:
+    body = request.body
+    if envelope.model != endpoint.serves and form:
+        body = wire.set_form_model(body, _content_type(request), endpoint.serves)
+    elif envelope.model != endpoint.serves:
+        body = wire.set_model(body, endpoint.serves)
+    if request.salt and endpoint.base_path is None and request.path in _SALTED:
+        body = _salted(body, request.salt, envelope.fields.get("cache_salt"))
+    return body
+
+
+def _salted(body: bytes, ours: str, theirs: msgspec.Raw | None) -> bytes:
+    """A client may divide its own part of the cache among its users, and reach nobody else's."""
+    if theirs is None:
+        return wire.add_field(body, "cache_salt", ours)
+    return wire.replace_field(body, "cache_salt", f"{ours}.{hashlib.sha256(bytes(theirs)).hexdigest()}")
 
 
 def _asking_for_usage(body: bytes, envelope: wire.Envelope, operation: str) -> bytes | None:
     """Return the body with a wish for usage, None where there is no need: no stream, or one that tells by itself."""
     if not envelope.stream or operation not in ("chat", "text_completion"):
         return None
-    return accounting.ask_usage(body, envelope.stream_options)
+    return accounting.ask_usage(body, bytes(envelope.fields.get("stream_options", b"")))
 
 
 def _timeouts(model: Model) -> Timeouts:

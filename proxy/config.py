@@ -17,7 +17,10 @@ import yaml
 from msgspec import Meta
 
 from engines.spec import EngineSettings, EngineSpec, Seconds
+from proxy import media
 from proxy.errors import ConfigError
+from proxy.forbidden import ALLOWABLE
+from proxy.limits import Limits
 
 MASK = "***"
 
@@ -51,6 +54,9 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admin_keys: what lies under /admin/ takes these only. metrics_public: /metrics needs no key.
     max_body_bytes: larger requests get 413. start_wait: seconds a request waits for an engine that is
     starting before it gets 503. drain_timeout: seconds for requests in flight when the server is stopped.
+    head_timeout: seconds for the head of a request. body_timeout: seconds for its body, and one more for every 16 KiB
+    that have come. max_connections: of clients, to each worker.
+    media_domains: hosts that our engines may fetch pictures and the like from; without any, only `data:` URLs pass.
     """
 
     host: str = "127.0.0.1"
@@ -62,6 +68,10 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
     start_wait: Seconds = 60.0
     drain_timeout: Seconds = 30.0
+    head_timeout: Annotated[float, Meta(gt=0)] = 20.0
+    body_timeout: Annotated[float, Meta(gt=0)] = 60.0
+    max_connections: Annotated[int, Meta(ge=1)] = 8192
+    media_domains: tuple[str, ...] = ()
 
 
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,24 +97,29 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A model: one we run (`engine`) or one that somebody else runs (`endpoints`)."""
+    """A model: one we run (`engine`) or one that somebody else runs (`endpoints`).
+
+    allow: fields of requests that are refused otherwise, because they reach past the model: chat_template and the like.
+    """
 
     engine: EngineSettings | None = None
     endpoints: tuple[EndpointSettings, ...] = ()
     timeouts: Timeouts = Timeouts()
+    allow: tuple[str, ...] = ()
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole configuration."""
 
     server: Server = Server()
+    limits: Limits = Limits()
     models: dict[str, ModelSettings] = {}
     aliases: dict[str, str] = {}
 
     def engines(self) -> tuple[EngineSpec, ...]:
         """Return one spec for each engine process: every replica of every local model."""
         return tuple(
-            EngineSpec(model=name, replica=i, settings=model.engine)
+            EngineSpec(model=name, replica=i, settings=model.engine, media_domains=self.server.media_domains)
             for name, model in self.models.items()
             if model.engine
             for i in range(model.engine.replicas)
@@ -245,6 +260,7 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
             env_prefix="POLYVOX_", env_nested_delimiter="__", case_sensitive=False, extra="ignore"
         )
         server: dict[str, Any] = {}
+        limits: dict[str, Any] = {}
         models: dict[str, Any] = {}
         aliases: dict[str, Any] = {}
 
@@ -289,6 +305,7 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
             raise source.error((key,), _unknown(key, Config.__struct_fields__))
     return Config(
         server=_convert(data.get("server") or {}, Server, ("server",), source),
+        limits=_convert(data.get("limits") or {}, Limits, ("limits",), source),
         models={
             name: _convert(model or {}, ModelSettings, ("models", name), source)
             for name, model in _section(data, "models", source)
@@ -368,6 +385,9 @@ def _check_server(server: Server, source: _Source) -> None:
             f"{server.host} can be reached from other machines, so server.api_keys is needed; "
             "add a key, or listen on 127.0.0.1",
         )
+    for i, domain in enumerate(server.media_domains):
+        if not media.DOMAIN.fullmatch(domain):
+            raise source.error(("server", "media_domains", i), "expected a host name in lower case, and nothing else")
 
 
 def is_loopback(host: str) -> bool:
@@ -388,19 +408,23 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
         _check_engine(model.engine, (*path, "engine"), source)
     for i, endpoint in enumerate(model.endpoints):
         _check_url(endpoint.base_url, (*path, "endpoints", i, "base_url"), source)
+    for i, field in enumerate(model.allow):
+        if field not in ALLOWABLE:
+            raise source.error((*path, "allow", i), _unknown(field, sorted(ALLOWABLE)))
     if model.endpoints and not any(e.weight for e in model.endpoints):
         raise source.error((*path, "endpoints"), "all weights are 0, so nothing could be chosen")
 
 
 _OWN_FLAGS = {
     "api-key": None, "model": "weights", "served-model-name": None, "uds": "listen", "host": "listen", "port": "listen",
-    "dtype": "dtype", "max-model-len": "max_model_len", "quantization": "quantization",
+    "dtype": "dtype", "max-model-len": "max_model_len", "quantization": "quantization", "allowed-media-domains": None,
 }  # fmt: skip
 
 
 _OWN_FLAG_HINTS = {
     "api-key": "clients' keys go into server.api_keys, and only the proxy reaches an engine",
     "served-model-name": "it is the model's name",
+    "allowed-media-domains": "use server.media_domains",
 }
 
 

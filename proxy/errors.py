@@ -9,8 +9,12 @@ PolyvoxError
 │   ├── UnknownModel           404
 │   ├── UnknownPath            404
 │   ├── MethodNotAllowed       405
+│   ├── RequestTimeout         408
 │   ├── BodyTooLarge           413
+│   ├── HeadTooLarge           431
 │   ├── BadGateway             502
+│   ├── UpstreamFailed         5xx as the upstream said
+│   ├── TooManyConnections     503
 │   ├── NotReady               503, come back in a moment
 │   ├── EngineStopped          503, somebody has to do something
 │   └── GatewayTimeout         504
@@ -140,6 +144,39 @@ class BodyTooLarge(RequestError):
         super().__init__(f"The request body is larger than this server takes ({limit} bytes, server.max_body_bytes).")
 
 
+class HeadTooLarge(RequestError):
+    """The request line and headers are longer than they may be."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "request_headers_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The head of the request is larger than this server takes ({limit} bytes).")
+
+
+class RequestTimeout(RequestError):
+    """The request did not come in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+    def __init__(self, part: str) -> None:
+        super().__init__(f"The {part} of the request took too long to come (server.{part}_timeout).")
+
+
+class TooManyConnections(RequestError):
+    """The server has as many connections as it may have."""
+
+    status = 503
+    code = "too_many_connections"
+    retry_after = 1
+
+    def __init__(self) -> None:
+        super().__init__("This server has as many connections as it takes (server.max_connections); try again soon.")
+
+
 class NotReady(RequestError):
     """The engine of the model is starting, and did not become ready in the time a request waits."""
 
@@ -170,6 +207,18 @@ class BadGateway(RequestError):
     status = 502
     type = "server_error"
     code = "upstream_error"
+
+
+class UpstreamFailed(RequestError):
+    """The upstream answered with a 5xx: its status stays, its words may hold what is not for clients."""
+
+    type = "server_error"
+    code = "upstream_error"
+
+    def __init__(self, status: int, retry_after: int | None) -> None:
+        super().__init__(f"The upstream failed with status {status}.")
+        self.status = status
+        self.retry_after = retry_after
 
 
 class GatewayTimeout(RequestError):

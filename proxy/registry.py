@@ -7,8 +7,9 @@ from urllib.parse import urlsplit
 import msgspec
 
 from engines.spec import EngineStatus, FleetStatus, State
-from proxy.config import Config, EndpointSettings, ModelSettings, Secret, Timeouts
+from proxy.config import Config, EndpointSettings, ModelSettings, Secret, Server, Timeouts
 from proxy.errors import UnknownModel
+from proxy.forbidden import Policy
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -47,6 +48,7 @@ class Model(msgspec.Struct, frozen=True):
     detail: str = ""
     context_length: int | None = None
     timeouts: Timeouts = Timeouts()
+    policy: Policy = Policy()
 
     def ready(self) -> tuple[Endpoint, ...]:
         """Return the endpoints that take requests now."""
@@ -81,13 +83,13 @@ def build(config: Config, fleet: FleetStatus) -> Registry:
         if status.model in engines:
             engines[status.model].append(status)
     models = {
-        name: _local(name, model, engines[name]) if model.engine else _remote(name, model)
+        name: _local(name, model, engines[name], config.server) if model.engine else _remote(name, model)
         for name, model in config.models.items()
     }
     return Registry(models=models, aliases=config.aliases)
 
 
-def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus]) -> Model:
+def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], server: Server) -> Model:
     ranked = sorted(engines, key=lambda status: _BEST_FIRST.index(status.state))
     best = ranked[0] if ranked else None
     return Model(
@@ -99,12 +101,14 @@ def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus]) -> 
         detail=best.detail if best else "",
         context_length=next((s.context_length for s in ranked if s.context_length), None),
         timeouts=model.timeouts,
+        policy=Policy(frozenset(model.allow), frozenset(server.media_domains)),
     )
 
 
 def _remote(name: str, model: ModelSettings) -> Model:
     endpoints = tuple(_endpoint(name, i, settings) for i, settings in enumerate(model.endpoints))
-    return Model(name=name, endpoints=endpoints, state="ready", timeouts=model.timeouts)
+    policy = Policy(frozenset(model.allow), None)
+    return Model(name=name, endpoints=endpoints, state="ready", timeouts=model.timeouts, policy=policy)
 
 
 def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:

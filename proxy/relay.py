@@ -12,7 +12,11 @@ from proxy.transport import Answer
 
 _EVENT_STREAM = b"text/event-stream"
 _JSON = b"application/json"
-_SERVERS_OWN = frozenset((b"date", b"server"))  # of an upstream's server; ours says its own
+# Of an upstream's server: ours says its own, and its cookies, certificates and addresses are not for our clients.
+_SERVERS_OWN = frozenset(
+    (b"date", b"server", b"via", b"x-powered-by", b"set-cookie", b"location", b"alt-svc", b"x-request-id",
+     b"strict-transport-security", b"www-authenticate", b"x-polyvox-model", b"x-polyvox-endpoint")
+)  # fmt: skip
 _DOCUMENT_LIMIT = 256 * 1024 * 1024
 
 
@@ -130,16 +134,16 @@ class Exchange:
 
     def _failure(self) -> str | None:
         if self._error is None and self._status >= 400:
-            return "upstream_4xx" if self._status < 500 else "upstream_5xx"
+            return "upstream_4xx"
         if self._error is None and self._account and self._account.tally.failed:
             return "upstream_error_event"
         return self._error
 
 
 class Reply:
-    """An answer ready to be sent: status, headers, and a source of bytes of which each goes through `read`.
+    """An answer ready to be sent: status, headers, and a body whose bytes are sent as `read` gives them back.
 
-    Bytes are pulled from the source by whoever sends them, since a layer between would cost as much as all the reading.
+    They are pulled by whoever sends them, since a layer between would cost as much as all the reading.
     """
 
     def __init__(
@@ -147,13 +151,13 @@ class Reply:
         exchange: Exchange,
         status: int,
         headers: list[tuple[bytes, bytes]],
-        source: AsyncIterator[bytes],
+        body: AsyncIterator[bytes],
         account: Account,
         change: Callable[[bytes], bytes] | None = None,
     ) -> None:
         self.status = status
         self.headers = headers
-        self.source = source
+        self.body = body
         self.is_event_stream = isinstance(account, StreamAccount)
         self._exchange = exchange
         self._account = account
@@ -166,7 +170,7 @@ class Reply:
         return f"<Reply {self.status} {self._exchange!r}>"
 
     def read(self, data: bytes) -> bytes:
-        """Take what came from the source; return what is to be sent now, perhaps nothing."""
+        """Take the next bytes of the body; return what is to be sent now, perhaps nothing."""
         data = self._account.feed(data)
         if self._awaits_token and self._account.begun:
             self._awaits_token = False
@@ -174,11 +178,11 @@ class Reply:
         return self._change(data) if self._change and data else data
 
     def end(self) -> bytes:
-        """The source is exhausted: return what is still to be sent."""
+        """The body is complete: return what is still to be sent."""
         return self._changed(self._account.end())
 
     def broken(self) -> bytes:
-        """The source failed: return what may still be sent, which ends where an event does."""
+        """The body will never be complete: return what may still be sent, which ends where an event does."""
         return self._changed(self._account.broken())
 
     def _changed(self, data: bytes) -> bytes:

@@ -24,7 +24,7 @@ class Events:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the events that these bytes complete, each with its blank line."""
-        if not self.rest and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:
+        if not self.rest and data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:
             return [data]  # one event, as engines send them
         seen = max(len(self.rest) - 3, 0)  # where a blank line may have begun
         data = self.rest + data if self.rest else data

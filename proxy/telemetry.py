@@ -94,7 +94,7 @@ def _all_below(kind: type[BaseException]) -> list[type[BaseException]]:
 _NAMES = {kind: _type_name(kind) for root in (RequestError, UpstreamError) for kind in _all_below(root)}
 _INTERNAL = "internal_error"
 ERROR_TYPES = tuple(
-    sorted({*_NAMES.values(), _INTERNAL, "upstream_4xx", "upstream_5xx", "upstream_error_event"}),
+    sorted({*_NAMES.values(), _INTERNAL, "upstream_4xx", "upstream_error_event"}),
 )
 
 

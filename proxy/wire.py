@@ -5,6 +5,7 @@ where it goes, and never encoded again where a splice will do.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -13,20 +14,16 @@ from proxy.errors import BadRequest
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """What decides where a request goes, and how. stream_options: its JSON as it came, b"" if it did not."""
+    """What decides where a request goes, and all the fields at the top of its body, not decoded further."""
 
     model: str
     stream: bool = False
-    stream_options: bytes = b""
+    fields: Mapping[str, msgspec.Raw] = {}
 
 
-class _Fields(msgspec.Struct):
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: msgspec.Raw = msgspec.Raw()
-
-
-_decode_fields = msgspec.json.Decoder(_Fields).decode
+_decode_text = msgspec.json.Decoder(str | None).decode
+_decode_flag = msgspec.json.Decoder(bool | None).decode
+_NULL = msgspec.Raw(b"null")
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -35,13 +32,18 @@ _MODEL = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
 def read_json(body: bytes) -> Envelope:
     """Read the envelope of a JSON body. Raises BadRequest naming the field or the byte that is wrong."""
+    name = None
     try:
-        fields = _decode_fields(body)
+        fields = _decode_object(body)
+        name = "model"
+        model = _decode_text(fields.get("model", _NULL))
+        name = "stream"
+        stream = _decode_flag(fields.get("stream", _NULL))
     except msgspec.ValidationError as e:
-        raise _wrong_type(str(e)) from None
+        raise _wrong_type(str(e), name) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise BadRequest(f"The body is not valid JSON: {_reason(e)}") from None
-    return Envelope(_required(fields.model), bool(fields.stream), bytes(fields.stream_options))
+    return Envelope(_required(model), bool(stream), fields)
 
 
 def _reason(error: Exception) -> str:
@@ -52,9 +54,7 @@ def _reason(error: Exception) -> str:
     return str(error).removeprefix("JSON is malformed: ")
 
 
-def _wrong_type(message: str) -> BadRequest:
-    what, _, path = message.partition(" - at `$")
-    param = path.strip("`.") or None
+def _wrong_type(what: str, param: str | None) -> BadRequest:
     return BadRequest(f"{param or 'The body'}: {what[0].lower()}{what[1:]}", param=param)
 
 
@@ -98,6 +98,19 @@ def _reassemble(document: bytes, name: str, *, wrapped: bool) -> bytes:
     return _encode(fields)
 
 
+def add_field(document: bytes, name: str, value: Any) -> bytes:
+    """Return a JSON object that is not empty with one more field, which it must not have, in front."""
+    start = document.index(b"{") + 1
+    return b"".join((document[:start], _encode(name), b":", _encode(value), b",", memoryview(document)[start:]))
+
+
+def replace_field(document: bytes, name: str, value: Any) -> bytes:
+    """Return a JSON object with a field at its top replaced; other values keep their bytes."""
+    fields = _decode_object(document)
+    fields[name] = msgspec.Raw(_encode(value))
+    return _encode(fields)
+
+
 # Multipart forms: /v1/audio/*
 
 _BOUNDARY = re.compile(rb'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
@@ -108,7 +121,23 @@ def read_form(body: bytes, content_type: bytes) -> Envelope:
     """Read the envelope of a multipart/form-data body. Raises BadRequest."""
     fields = {name: body[start:end] for name, start, end in _form_fields(body, content_type)}
     model = fields.get(b"model", b"").decode("utf-8", "replace").strip()
-    return Envelope(_required(model), fields.get(b"stream", b"").strip().lower() in (b"true", b"1"))
+    stream = fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
+    return Envelope(_required(model), stream, _as_json(fields))
+
+
+_WHOLE_NUMBER = re.compile(rb"0|[1-9][0-9]{0,9}").fullmatch
+_LONGEST_VALUE = 64 * 1024
+
+
+def _as_json(form: Mapping[bytes, bytes]) -> dict[str, msgspec.Raw]:
+    """Return the parts of a form as JSON fields, `name[key]` as `name`, a file as the beginning of its text."""
+    return {
+        name.partition(b"[")[0].strip().decode("latin-1"): msgspec.Raw(
+            value if _WHOLE_NUMBER(value) else _encode(value[:_LONGEST_VALUE].decode("latin-1"))
+        )
+        for name, value in form.items()
+        if name != b"file"
+    }
 
 
 def set_form_model(body: bytes, content_type: bytes, name: str) -> bytes:

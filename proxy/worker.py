@@ -15,7 +15,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from proxy import config
+from proxy import config, front
 from proxy.app import Worker
 from proxy.metrics import Metrics
 from proxy.orders import Orders
@@ -36,14 +36,14 @@ def main() -> int:
     metrics = Metrics(settings, given.worker, given.metrics_fd)
     server = _Server(_uvicorn_config(Worker(settings, Path(given.control_socket), metrics), settings))
     listening = socket.socket(fileno=given.listen_fd)
-    uvloop.run(_serve(server, listening))
+    uvloop.run(_serve(server, listening, settings.server))
     return 0
 
 
 def _uvicorn_config(worker: Worker, settings: config.Config) -> uvicorn.Config:
     return uvicorn.Config(
         worker.app(),
-        http="httptools",
+        http=front.protocol(settings.server),
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -54,7 +54,7 @@ def _uvicorn_config(worker: Worker, settings: config.Config) -> uvicorn.Config:
     )
 
 
-async def _serve(server: uvicorn.Server, listening: socket.socket) -> None:
+async def _serve(server: uvicorn.Server, listening: socket.socket, settings: config.Server) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -64,7 +64,9 @@ async def _serve(server: uvicorn.Server, listening: socket.socket) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C reaches the whole group; the parent decides
     loop.add_reader(sys.stdin.fileno(), _end_with_parent)
+    sweeping = asyncio.create_task(front.sweep_for_ever(server.server_state.connections, settings))
     await server.serve(sockets=[listening])
+    sweeping.cancel()
 
 
 def _end_with_parent() -> None:

@@ -37,5 +37,14 @@ def test_without_keys_everybody_passes():
     Keys([]).check([])
 
 
+def test_each_key_has_a_salt_that_does_not_tell_it_and_is_the_same_in_every_worker():
+    salts = [keys.check([(b"x-api-key", key)]).salt for keys in (KEYS, Keys([Secret("key-one"), Secret("key-two")]))
+             for key in (b"key-one", b"key-two")]  # fmt: skip
+    assert salts[:2] == salts[2:]
+    assert len(set(salts)) == 2
+    assert not any("key" in str(salt) for salt in salts)
+    assert Keys([]).check([]).salt is None
+
+
 def test_keys_do_not_show():
     assert "key-one" not in repr(KEYS) + repr(vars(KEYS))

@@ -9,6 +9,7 @@ import pytest
 from engines.spec import FleetStatus
 from proxy.chat import Chat, Incoming
 from proxy.config import Config, EndpointSettings, ModelSettings
+from proxy.limits import Limits
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
 from proxy.registry import build
@@ -57,13 +58,13 @@ def asked(path: str, body: dict[str, object], *, stream_usage: bool = True) -> t
     config = Config(models={"m": ModelSettings(endpoints=(endpoint,))})
     transport = FakeTransport()
     live = LiveRegistry(build(config, FleetStatus(version=0)))
-    chat = Chat(live, lambda endpoint: transport, 1.0)  # type: ignore[arg-type, return-value]
+    chat = Chat(live, lambda endpoint: transport, 1.0, Limits())  # type: ignore[arg-type, return-value]
     request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id")
 
     async def story() -> bytes:
         exchange = Exchange(Metrics(config), "chat" if "chat" in path else "responses")
         reply = await chat.answer(request, exchange)
-        passed = [reply.read(data) async for data in reply.source]
+        passed = [reply.read(data) async for data in reply.body]
         await exchange.close()
         return b"".join([*passed, reply.end()])
 

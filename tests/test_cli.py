@@ -71,6 +71,31 @@ def test_check_shows_no_secret(polyvox: Run, config):
     assert "sentinel" not in done.stdout + done.stderr
 
 
+def test_check_shows_where_engines_may_fetch_media_from(polyvox: Run, config):
+    done = polyvox("check", config(LOCAL), **SECRETS)
+    assert "--allowed-media-domains none.invalid" in done.stdout  # vLLM takes none at all for any
+    assert "VLLM_MEDIA_URL_ALLOW_REDIRECTS=0" in done.stdout
+    named = LOCAL.replace("server: {", "server: {media_domains: [a.example, b.example], ")
+    assert "--allowed-media-domains a.example b.example" in polyvox("check", config(named), **SECRETS).stdout
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["server: {port: '${CLIENT_KEY}'}", "server: {media_domains: ['${CLIENT_KEY}']}", "limits: {n: '${CLIENT_KEY}'}",
+     "models: {a: {endpoints: [{base_url: '${CLIENT_KEY}', api_key: '${CLOUD_KEY}'}]}}",
+     "models: {a: {engine: {weights: '${HF}/x/y'}}}", "models: {a: {engine: {weights: a/b, dtype: [1, '${HF}']}}}",
+     "aliases: {a: [b, '${CLIENT_KEY}']}", "server: {api_keys: ['${CLIENT_KEY}', 5]}\nx: '${HF}'",
+     "server: {host: 0.0.0.0, port: 0, api_keys: []}\nmodels: {a: {engine: {env: {HF_TOKEN: '${HF}'}}}}"],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_mistake_beside_a_secret_does_not_show_it(polyvox: Run, config, command, broken):
+    file = config(broken)
+    done = polyvox(*(("check", file) if command == "check" else ("serve", "--config", file)), **SECRETS)
+    assert done.returncode in (1, 2)
+    assert "sentinel" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_check_starts_and_writes_nothing(polyvox: Run, config, tmp_path: Path):
     polyvox("check", config(LOCAL), **SECRETS)
     assert not (tmp_path / "state").exists()

@@ -248,7 +248,7 @@ def test_an_error_of_the_client_is_told_from_one_of_the_endpoint(sink: Recorded,
     failing.answered(answer)  # type: ignore[arg-type]
     failing.complete()
     asyncio.run(failing.close())
-    assert [event.error for event in sink.events] == ["unknown_model", "upstream_5xx"]
+    assert [event.error for event in sink.events] == ["unknown_model", "upstream_4xx"]
     assert sink.events[0].model == "unknown"
 
 

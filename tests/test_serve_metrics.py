@@ -157,7 +157,7 @@ def test_errors_are_counted_by_type(server: Server, http: httpx2.Client):
     http.post("/v1/chat/completions", content=b"{")
     httpx2.post(server.base_url + "/v1/chat/completions", json={})
     counted = {
-        "upstream_5xx": "fast", "upstream_4xx": "fast", "truncated_answer": "fast", "bad_request": "unknown",
+        "upstream_failed": "fast", "upstream_4xx": "fast", "truncated_answer": "fast", "bad_request": "unknown",
         "wrong_key": "unknown",
     }  # fmt: skip
     for error, model in counted.items():
