@@ -244,7 +244,7 @@ def test_an_error_of_the_client_is_told_from_one_of_the_endpoint(sink: Recorded,
     refused.fail(UnknownModel("nope", []), 404)
     asyncio.run(refused.close())
     failing, answer, _ = under_way(sink, clock, Load())
-    answer.status = 503
+    answer.status = 429
     failing.answered(answer)  # type: ignore[arg-type]
     failing.complete()
     asyncio.run(failing.close())
