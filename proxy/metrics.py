@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DOUBLE = 8  # bytes
 
-# Upper bounds in seconds: vLLM's, of which OpenTelemetry's are a part.
+# Upper bounds in seconds: vLLM's. Those that OpenTelemetry has for first and further tokens are a part of them.
 # fmt: off
 _FIRST = (
     .001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
