@@ -23,7 +23,7 @@ _MODEL, _KEY = "mock", "sk-bench"
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """What every request asks for. prompt: its size in bytes. pace: milliseconds between events, None as fast as can."""
+    """What every request asks for. prompt: its size in bytes. pace: milliseconds between events, None for no pause."""
 
     prompt: int = 900
     stream: bool = False

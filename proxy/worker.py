@@ -18,6 +18,7 @@ import uvloop
 
 from proxy import config
 from proxy.app import Worker
+from proxy.inbound import Connection
 from proxy.orders import Orders
 
 _GC_THRESHOLD = 20_000  # objects made and not freed; requests leave no cycles behind, so there is little to find
@@ -44,7 +45,7 @@ def main() -> int:
 def _uvicorn_config(worker: Worker, settings: config.Config) -> uvicorn.Config:
     return uvicorn.Config(
         worker.app(),
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_level="warning",
