@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import cast
@@ -160,15 +161,15 @@ class Generator:
         """Generate load for so many seconds, or until so many requests were sent."""
         self._limit = limit or sys.maxsize
         self._free = [await self._connect() for _ in range(connections)]
-        began = self._loop.time()
+        began = time.perf_counter()
         self._loop.call_later(seconds, self._stop)
         if self._rate:
             self._tick(began, 0)
         else:
             for client in list(self._free):
-                self._begin(client, self._loop.time())
+                self._begin(client, time.perf_counter())
         await self._ended
-        seconds = self._loop.time() - began
+        seconds = time.perf_counter() - began
         for client in (*self._free, *self._under_way):
             client.close()
         return self._result(seconds)
@@ -184,12 +185,12 @@ class Generator:
         assert self._rate
         if self._over:
             return
-        now = self._loop.time()
+        now = time.perf_counter()
         while (due := began + number / self._rate) <= now:
             number += 1
             self._due.append(due)
         self._drain()
-        self._loop.call_at(due, self._tick, began, number)
+        self._loop.call_later(due - now, self._tick, began, number)
 
     def _drain(self) -> None:
         while self._due and self._free:
@@ -205,7 +206,7 @@ class Generator:
         due = self._under_way.pop(client, None)
         if due is None:
             return
-        now = self._loop.time()
+        now = time.perf_counter()
         if error:
             self._errors.append(error)
         else:
