@@ -1,6 +1,5 @@
 """The HTTP surface, thin: routes, limits, keys, request ids, and errors in OpenAI's envelope."""
 
-import asyncio
 import os
 import re
 import time
@@ -133,8 +132,7 @@ class Api:
             request_id=visit.request_id,
             salt=visit.caller.salt,
         )
-        async with _UntilGone(receive):
-            await self._relay(request, send, visit.exchange)
+        await self._relay(request, send, visit.exchange)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
         reply = await self._chat.answer(request, exchange)
@@ -196,37 +194,6 @@ def _condition(model: Model) -> dict[str, str]:
 
 class _Cut(Exception):
     """The rest of a body that was begun cannot come."""
-
-
-class _UntilGone:
-    """Cancels what happens inside as soon as the client goes away, and then ends quietly."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        # All mutable state: the task inside, the one that listens for the client, and what it heard.
-        self._inside: asyncio.Task[Any] | None = None
-        self._listening: asyncio.Task[None] | None = None
-        self._gone = False
-
-    async def __aenter__(self) -> None:
-        self._inside = asyncio.current_task()
-        self._listening = asyncio.create_task(self._listen())
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        assert self._listening
-        assert self._inside
-        self._listening.cancel()
-        if self._gone and kind is asyncio.CancelledError:
-            self._inside.uncancel()
-            return True
-        return False
-
-    async def _listen(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._gone = True
-        assert self._inside
-        self._inside.cancel()
 
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

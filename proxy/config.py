@@ -54,8 +54,8 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admin_keys: what lies under /admin/ takes these only. metrics_public: /metrics needs no key.
     max_body_bytes: larger requests get 413. start_wait: seconds a request waits for an engine that is
     starting before it gets 503. drain_timeout: seconds for requests in flight when the server is stopped.
-    head_timeout: seconds for the head of a request. body_timeout: seconds for its body, and one more for every 16 KiB
-    that have come. max_connections: of clients, to each worker.
+    head_timeout: seconds for the head of a request, and for an idle connection to begin one. body_timeout: seconds for
+    its body, and one more for every 16 KiB that have come. max_connections: of clients, to each worker.
     media_domains: hosts that our engines may fetch pictures and the like from; without any, only `data:` URLs pass.
     """
 

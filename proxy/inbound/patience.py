@@ -1,0 +1,47 @@
+"""How long a client may take: what of a request we wait for, and when it is late."""
+
+from typing import Literal
+
+from proxy.config import Server
+
+Part = Literal["head", "body"]
+
+_RATE = 16 * 1024  # bytes of a body that give it one more second
+_LINGER = 5.0  # seconds that the rest of a body may take to come after it was answered
+
+
+class Patience:
+    """What one connection waits for. Only a sweep looks at the time, so a request that comes at once costs nothing."""
+
+    __slots__ = ("loose", "part", "received", "since")
+
+    def __init__(self) -> None:
+        # All mutable state: what we wait for, the bytes of a body that have come, the bytes since that completed
+        # neither a head nor a piece of a body, and since when a sweep has known of it (0: none has seen it yet).
+        self.part: Part = "head"
+        self.received = 0
+        self.loose = 0
+        self.since = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Patience for a {self.part}, {self.received or self.loose} bytes of it here>"
+
+    def begin(self, part: Part) -> None:
+        """Wait for a head or a body from now on."""
+        self.part, self.received, self.loose, self.since = part, 0, 0, 0.0
+
+    def take(self, size: int) -> None:
+        """A piece of a body has come."""
+        self.received += size
+        self.loose = 0
+
+    def late(self, now: float, settings: Server, *, answered: bool) -> bool:
+        """Say whether it takes too long. now: seconds of a monotonic clock. answered: the rest is of no use to us."""
+        if not self.since:
+            self.since = now
+        return now - self.since > self._seconds(settings, answered=answered)
+
+    def _seconds(self, settings: Server, *, answered: bool) -> float:
+        if self.part == "head":
+            return settings.head_timeout
+        return _LINGER if answered else settings.body_timeout + self.received / _RATE
