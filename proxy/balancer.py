@@ -42,4 +42,9 @@ class Lease:
 
 def least_loaded(loads: Sequence[Load]) -> int:
     """Return the index of the endpoint with the fewest requests in flight; of equals, the least used."""
-    return min(range(len(loads)), key=lambda i: (loads[i].in_flight, loads[i].served))
+    best = 0
+    for i, load in enumerate(loads):
+        fewest = loads[best]
+        if load.in_flight < fewest.in_flight or (load.in_flight == fewest.in_flight and load.served < fewest.served):
+            best = i
+    return best

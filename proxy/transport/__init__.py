@@ -16,7 +16,8 @@ Body = bytes | AsyncIterator[bytes]
 _PROXY = frozenset((b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"proxy-authentication-info"))
 _HOP_BY_HOP = _PROXY | {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 _SET_BY_US = _HOP_BY_HOP | {b"host", b"content-length"}
-_LOOKED_AT = frozenset((b"connection", b"transfer-encoding", b"content-length"))
+_FRAMING = frozenset((b"transfer-encoding", b"content-length"))
+_LOOKED_AT = _FRAMING | {b"connection"}
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 _FORBIDDEN = re.compile(rb"[\r\n\0]").search
 _TARGET = re.compile(rb"/[!-~\x80-\xff]*").fullmatch
@@ -125,11 +126,16 @@ def check_head(status: int, raw: Headers) -> Head:
     """
     if not 200 <= status <= 599:
         raise MalformedAnswer(f"status {status}")
-    special = [header for header in raw if header[0] in _LOOKED_AT]
     headers = [header for header in raw if header[0] not in _HOP_BY_HOP]
-    framing = [header for header in special if header[0] != b"connection"]
-    if len(framing) < len(special):
-        headers = _without(headers, [value for name, value in special if name == b"connection"])
+    framing: Headers = []
+    connection: list[bytes] = []
+    for name, value in raw:
+        if name == b"connection":
+            connection.append(value)
+        elif name in _FRAMING:
+            framing.append((name, value))
+    if connection:
+        headers = _without(headers, connection)
     return Head(status, headers, *_framing(framing))
 
 
