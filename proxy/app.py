@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from litestar import Litestar
+from litestar.types import ASGIApp
 
 from engines.spec import FleetStatus
 from proxy import registry
@@ -32,7 +32,7 @@ class Worker:
     def __repr__(self) -> str:
         return f"<Worker {self._live!r} {len(self._transports)} transports>"
 
-    def app(self) -> Litestar:
+    def app(self) -> ASGIApp:
         """Return the ASGI application; it starts and stops with this worker."""
         chat = Chat(self._live, self._transport_to, self._config.server.start_wait, self._config.limits)
         api = Api(chat, self._live, self._metrics, self._config.server)

@@ -46,6 +46,7 @@ def main() -> int:
 def _uvicorn_config(worker: Worker, settings: config.Config) -> uvicorn.Config:
     return uvicorn.Config(
         worker.app(),
+        interface="asgi3",
         http=inbound.protocol(settings.server),
         ws="none",
         lifespan="on",
