@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import uvloop
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from proxy.config import Server
 from proxy.inbound import protocol, sweep_for_ever
@@ -38,9 +40,9 @@ class Site:
 
 
 @asynccontextmanager
-async def site(application: Any, **settings: Any) -> AsyncIterator[Site]:
+async def site(application: Any, **limits: Any) -> AsyncIterator[Site]:
     made = Site(application)
-    server = Server(**settings)
+    server = Server(**limits)
     loop = asyncio.get_running_loop()
     kind = protocol(server)
     listening = await loop.create_server(lambda: kind(made.config, made.state, {}), "127.0.0.1", 0)
@@ -280,6 +282,105 @@ def test_a_client_that_waits_to_be_told_to_go_on_is_told():
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
             writer.write(b"hi")
             assert b"POST / hi" in await reader.readuntil(b"hi")
+            writer.close()
+
+    run(test)
+
+
+# What a request may not be, and what does not suffer from it
+
+
+def test_a_request_that_came_whole_is_answered_though_what_follows_it_is_not_http():
+    async def test() -> None:
+        async with site(echo) as s:
+            answer = await s.exchange(b"GET /1 HTTP/1.1\r\nhost: x\r\n\r\nnonsense\r\n\r\n")
+            assert answer.endswith(b"connection: close\r\n\r\nGET /1 ")
+            assert answer.count(b"HTTP/1.1 ") == 1
+
+    run(test)
+
+
+def test_when_a_body_breaks_what_works_on_it_is_cancelled_and_its_client_told():
+    async def test() -> None:
+        begun, cancelled = asyncio.Event(), asyncio.Event()
+
+        async def endless(scope: Any, receive: Any, send: Any) -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await send({"type": "http.response.start", "status": 200, "headers": PLAIN})
+                cancelled.set()
+
+        async with site(endless) as s:
+            reader, writer = await s.connect()
+            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+            await begun.wait()
+            writer.write(b"zz\r\n")
+            answer = await asyncio.wait_for(reader.read(), 10)
+            await asyncio.wait_for(cancelled.wait(), 10)
+            writer.close()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.count(b"HTTP/1.1 ") == 1
+
+    run(test)
+
+
+def test_trailers_without_end_are_refused():
+    async def test() -> None:
+        async with site(echo) as s:
+            head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+            assert b" 431 " in await s.exchange(head + b"0\r\nx-a: " + b"y" * 1_000_000)
+
+    run(test)
+
+
+@pytest.mark.parametrize("connection", [b"close", b"keep-alive"])
+def test_an_answer_reaches_a_client_that_is_still_sending(connection: bytes):
+    async def test() -> None:
+        async def hasty(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"no", "more_body": False})
+
+        async with site(hasty) as s:
+            reader, writer = await s.connect()
+            head = b"POST / HTTP/1.1\r\nhost: x\r\nconnection: " + connection
+            writer.write(head + b"\r\ncontent-length: 8000000\r\n\r\n")
+            for _ in range(80):
+                writer.write(b"x" * 100_000)
+                await writer.drain()
+            assert (await asyncio.wait_for(reader.readuntil(b"no"), 10)).startswith(b"HTTP/1.1 413 ")
+            if connection == b"close":
+                assert await asyncio.wait_for(reader.read(), 10) == b""
+            writer.close()
+
+    run(test)
+
+
+PIECES = st.sampled_from(
+    [b"GET / HTTP/1.1\r\n", b"POST /a?b HTTP/1.1\r\n", b"GET http://x HTTP/1.0\r\n",
+     b"host: x\r\n", b"\r\n", b"\xff", b"0",
+     b"content-length: 3\r\n", b"transfer-encoding: chunked\r\n", b"connection: upgrade\r\nupgrade: h2c\r\n",
+     b"3\r\nabc\r\n",
+     b"0\r\n\r\n", b"expect: 100-continue\r\n", b"abc", b"CONNECT x:1 HTTP/1.1\r\n", b"OPTIONS * HTTP/1.1\r\n", b":"]
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(PIECES, st.binary(max_size=20)), max_size=12))
+def test_whatever_bytes_come_every_answer_is_whole_and_the_server_goes_on(pieces: list[bytes]):
+    async def test() -> None:
+        async with site(echo) as s:
+            reader, writer = await s.connect()
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(0)
+            answered = asyncio.ensure_future(reader.read())
+            assert (await s.exchange(b"GET /next HTTP/1.1\r\nhost: x\r\n" + CLOSE + b"\r\n")).endswith(b"GET /next ")
+            writer.write_eof()
+            answer = await asyncio.wait_for(answered, 10)
+            assert b" 500 " not in answer
+            assert not answer or answer.startswith(b"HTTP/1.1 ")
             writer.close()
 
     run(test)

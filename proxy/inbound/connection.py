@@ -73,11 +73,12 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self.transport = transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._ends = {"server": _address(transport, "sockname"), "client": _address(transport, "peername")}
         self.shared.connections.add(self)
         if len(self.shared.connections) > self.settings.max_connections and not self._make_room():
-            self._refuse(TooManyConnections())
+            transport.write(heads.refusal(TooManyConnections()))
+            transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
@@ -182,7 +183,7 @@ class Connection(asyncio.Protocol):
         if self.transport is None:
             return
         if self._closing or not turn.keep_alive:
-            self.transport.close()
+            self._hang_up()
         elif self._next:
             self._answer(self._next.popleft())
         else:
@@ -215,7 +216,20 @@ class Connection(asyncio.Protocol):
             self.transport.write(heads.refusal(error))
         if broken is not None:
             broken.abandon()
-        self.transport.close()
+        self._current = None
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """End the connection, once the client has stopped sending: closed before that, it would lose the answer."""
+        if self.transport is None or self.transport.is_closing():
+            return
+        if self._deaf or self._receiving is not None:
+            self._deaf = True
+            self._patience.since = 0.0
+            self.resume_reading()
+            self.transport.write_eof()
+        else:
+            self.transport.close()
 
     # Patience
 
@@ -223,14 +237,14 @@ class Connection(asyncio.Protocol):
         """End the connection if what we wait for is late. now: seconds of a monotonic clock."""
         if self._paused or (self._receiving is None and self._current is not None):
             self._patience.since = 0.0  # it is not the client that we wait for
-        elif self._patience.late(now, self.settings, answered=self._current is None):
+        elif self._patience.late(now, self.settings, done=self._lingers()):
             self._give_up()
 
     def _give_up(self) -> None:
         patience = self._patience
-        if self.transport is None:
+        if self.transport is None or self.transport.is_closing():
             return
-        if patience.part == "head" and not patience.loose:
+        if self._lingers() or (patience.part == "head" and not patience.loose):
             self.transport.close()  # a client that keeps a connection open must not read an answer in it
         else:
             self._refuse(RequestTimeout(patience.part))
@@ -245,7 +259,11 @@ class Connection(asyncio.Protocol):
         return True
 
     def _idle(self) -> bool:
-        return bool(self._patience.since) and self._current is None and self._receiving is None
+        return bool(self._patience.since) and self._current is None and (self._deaf or self._receiving is None)
+
+    def _lingers(self) -> bool:
+        """Say whether what still comes is of no use."""
+        return self._current is None and (self._deaf or self._receiving is not None)
 
     # Flow
 

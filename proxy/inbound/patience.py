@@ -7,7 +7,7 @@ from proxy.config import Server
 Part = Literal["head", "body"]
 
 _RATE = 16 * 1024  # bytes of a body that give it one more second
-_LINGER = 5.0  # seconds that the rest of a body may take to come after it was answered
+_LINGER = 5.0  # seconds that a client may go on sending what was answered before it was whole
 
 
 class Patience:
@@ -35,13 +35,13 @@ class Patience:
         self.received += size
         self.loose = 0
 
-    def late(self, now: float, settings: Server, *, answered: bool) -> bool:
-        """Say whether it takes too long. now: seconds of a monotonic clock. answered: the rest is of no use to us."""
+    def late(self, now: float, settings: Server, *, done: bool) -> bool:
+        """Say whether it takes too long. now: seconds of a monotonic clock. done: what still comes is of no use."""
         if not self.since:
             self.since = now
-        return now - self.since > self._seconds(settings, answered=answered)
+        return now - self.since > self._seconds(settings, done=done)
 
-    def _seconds(self, settings: Server, *, answered: bool) -> float:
-        if self.part == "head":
-            return settings.head_timeout
-        return _LINGER if answered else settings.body_timeout + self.received / _RATE
+    def _seconds(self, settings: Server, *, done: bool) -> float:
+        if done:
+            return _LINGER
+        return settings.head_timeout if self.part == "head" else settings.body_timeout + self.received / _RATE
