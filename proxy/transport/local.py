@@ -114,7 +114,7 @@ class LocalAnswer:
     async def _wait(self, seconds: float | None, late: type[UpstreamError]) -> None:
         assert self._connection is not None
         self._connection.watch(seconds, late)
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._connection.loop.create_future()  # asking for the running loop is a system call
         try:
             await self._waiter
         except asyncio.CancelledError:
@@ -165,7 +165,7 @@ class Connection(asyncio.Protocol):
         # whether reading is paused, the future of an upload that waits for room, the deadline with the error
         # that it means, and one timer, which is moved only when it fires too early or would fire too late.
         self._pool = pool
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._paused = False
@@ -213,7 +213,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(request.head + request.body)
         else:
             upload = self._send_chunks(request.head, request.body, timeouts.first_byte)
-            self._upload = self._loop.create_task(upload)
+            self._upload = self.loop.create_task(upload)
         await answer.wait_for_head(timeouts.first_byte)
         return answer
 
@@ -269,7 +269,7 @@ class Connection(asyncio.Protocol):
         upload, self._upload = self._upload, None
         if upload is None or upload.done():
             return True
-        if upload is not asyncio.current_task(self._loop):
+        if upload is not asyncio.current_task(self.loop):
             upload.cancel()
         return False
 
@@ -300,7 +300,7 @@ class Connection(asyncio.Protocol):
             self._deadline = None
             return
         self._late = late
-        self._deadline = self._loop.time() + seconds
+        self._deadline = self.loop.time() + seconds
         if self._timer is None or self._timer_at > self._deadline:
             self._set_timer(self._deadline)
 
@@ -308,13 +308,13 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = when
-        self._timer = self._loop.call_at(when, self._on_timer)
+        self._timer = self.loop.call_at(when, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
         if self._deadline is None:
             return
-        if self._loop.time() < self._deadline:
+        if self.loop.time() < self._deadline:
             self._set_timer(self._deadline)
         elif self._answer is None:
             self.abort()
@@ -371,7 +371,7 @@ class Connection(asyncio.Protocol):
         self.fail(error)
 
     def pause_writing(self) -> None:
-        self._room = self._loop.create_future()
+        self._room = self.loop.create_future()
 
     def resume_writing(self) -> None:
         room, self._room = self._room, None
