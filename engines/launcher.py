@@ -21,9 +21,9 @@ class Launcher:
     def __init__(self, paths: StatePaths, base: Path) -> None:
         self._paths = paths
         self._base = base
-        # All mutable state: where each engine was placed, by its id, and what compiles in the background.
+        # All mutable state: where each engine was placed, by its id, and what compiles each kind of environment.
         self._placements: dict[str, Placement] = {}
-        self._warming: set[asyncio.Task[None]] = set()
+        self._warming: dict[environment.Kind, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
         return f"Launcher({self._placements!r})"
@@ -62,9 +62,8 @@ class Launcher:
         except* Exception as failures:
             raise failures.exceptions[0] from None
         interpreter = installing.result()
-        warming = asyncio.create_task(environment.warm_up(kind, self._paths))
-        self._warming.add(warming)
-        warming.add_done_callback(self._warming.discard)
+        if kind not in self._warming:
+            self._warming[kind] = asyncio.create_task(environment.warm_up(kind, self._paths))
         folder = await weights.convert(source, interpreter, self._paths, report, spec.settings.env)  # 3
         return self._launch(spec, str(interpreter), folder, self._address(spec))
 
