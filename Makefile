@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-start bench-overhead serve test lint types schema lock clean
+.PHONY: help setup bench-start bench-overhead bench-endurance serve test lint types schema lock clean
 
 help: ## Show what there is
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.proxy ## Make the proxy's own environment in .venv, and nothing else
 
@@ -34,6 +34,9 @@ bench-start: setup ## Time a fresh clone to its first answer, and a second start
 
 bench-overhead: setup ## Measure CPU, latency and memory beside other proxies (ARGS="--quick --peers nginx,polyvox --cases plain")
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+bench-endurance: setup ## Measure memory over a million requests, with slow clients, and the start (ARGS="--only slow")
+	$(BIN)/python -m benchmarks.endurance $(ARGS)
 
 serve: setup ## Run a small model and the proxy on 127.0.0.1:8000 (more options: make serve ARGS="--port 9000")
 	@exec $(BIN)/polyvox serve $(ARGS)
