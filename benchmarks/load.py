@@ -6,7 +6,6 @@ python -m benchmarks.load http://127.0.0.1:PORT/v1/chat/completions [--connectio
 import argparse
 import asyncio
 import json
-import math
 import sys
 import time
 from collections import deque
@@ -252,8 +251,8 @@ class Generator:
 
 
 def percentile(ordered: list[float], share: float) -> float:
-    """Return the value below which this share of the ordered values is; nan without values."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else math.nan
+    """Return the value below which this share of the ordered values is; 0 without values."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 async def generate(url: str, asked: Asked, *, connections: int, seconds: float, rate: float | None) -> Result:

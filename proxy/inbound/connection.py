@@ -13,6 +13,8 @@ from proxy.inbound.heads import Headers
 from proxy.inbound.patience import Patience
 from proxy.inbound.turn import Application, Turn
 
+_UNSENT = 16 * 1024  # bytes of an answer that wait for a slow client before we wait too
+
 
 class Settings(Protocol):
     """What we use of uvicorn.Config."""
@@ -74,6 +76,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        transport.set_write_buffer_limits(high=_UNSENT)
         self._ends = {"server": _address(transport, "sockname"), "client": _address(transport, "peername")}
         self.shared.connections.add(self)
         if len(self.shared.connections) > self.settings.max_connections and not self._make_room():

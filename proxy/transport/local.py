@@ -27,7 +27,8 @@ from proxy.errors import (
 )
 from proxy.transport import Body, Headers, Timeouts, check_head, check_target, forwardable
 
-_HIGH_WATER = 64 * 1024  # bytes of a body held for a slow reader before we stop reading from the socket
+_READ_SIZE = 16 * 1024  # bytes taken from a socket at once; uvloop takes 256 KiB, which slow readers make us hold
+_HIGH_WATER = 16 * 1024  # bytes of a body held for a slow reader before we stop reading from the socket
 _OVERHEAD_LIMIT = 100 * 1024  # bytes in a row that are not body: heads, interim answers, sizes, trailers
 _NO_BODY = frozenset((204, 304))
 _CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
@@ -157,7 +158,7 @@ class LocalAnswer:
         return self._size
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One socket, and the exchange that is on it."""
 
     def __init__(self, pool: "LocalTransport") -> None:
@@ -321,12 +322,19 @@ class Connection(asyncio.Protocol):
         else:
             self.fail(self._late())
 
-    # asyncio.Protocol
+    # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._pool.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.feed(self._pool.buffer[:nbytes])
+
+    def feed(self, data: memoryview) -> None:
+        """Take what was received; nothing keeps a reference to it."""
         answer = self._answer
         if answer is None:  # nobody asked for anything
             self.abort()
@@ -435,6 +443,7 @@ class LocalTransport:
         self._waiting: deque[asyncio.Future[Connection | None]] = deque()
         self._closed = False
         self._host = _host(address)
+        self.buffer = memoryview(bytearray(_READ_SIZE))  # what each connection reads into, and empties at once
 
     def __repr__(self) -> str:
         used = f"{len(self._connections)} open, {len(self._idle)} idle"
