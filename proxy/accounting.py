@@ -11,6 +11,7 @@ from typing import Annotated, Any, Protocol
 import msgspec
 
 from proxy import sse
+from proxy.errors import ErrorEvent
 
 FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter", "error", "abort", "other", "none")
 
@@ -82,6 +83,9 @@ class _Part(msgspec.Struct, frozen=True, gc=False):
     def inner(self) -> "_Part":
         return self.response or self.message or self
 
+    def tells_of_error(self) -> bool:
+        return bytes(self.error) not in (b"", b"null")
+
     def is_usage_alone(self) -> bool:
         """Say whether this is the chunk that is sent only to those who ask for usage."""
         return self.usage is not None and self.choices == []
@@ -131,7 +135,7 @@ class Tally:
         if reason := part.finish():
             reason = _SAME.get(reason, reason)
             self.finish_reason = reason if reason in FINISH_REASONS else "other"
-        self.failed = self.failed or bytes(part.error) not in (b"", b"null")
+        self.failed = self.failed or part.tells_of_error()
         if usage := part.inner().usage:
             self._count(usage)
 
@@ -175,7 +179,8 @@ class Account(Protocol):
 class StreamAccount:
     """An event stream. Whole events pass on; with hide_usage, without the usage that only we asked for.
 
-    first_token: bytes that the event of the first token has, and none before it.
+    first_token: bytes that the event of the first token has, and none before it. errors_end: an event that tells of an
+    error does not pass, but raises ErrorEvent.
 
     vLLM says `system_fingerprint` in the last event of a client that does not ask for usage, and in the usage event of
     one that does. So events that end a choice are kept until another comes, which after the last follows at once, and
@@ -183,10 +188,12 @@ class StreamAccount:
     passes without.) Other servers say `"usage":null` in each event of those who ask.
     """
 
-    def __init__(self, *, hide_usage: bool = False, first_token: bytes = b"") -> None:
-        self._hide_usage = hide_usage
+    def __init__(self, *, hide_usage: bool = False, first_token: bytes = b"", errors_end: bool = False) -> None:
         self._first_token = first_token
-        # All mutable state: the incomplete event, those that are kept, and what was read.
+        self._errors_end = errors_end
+        # All mutable state: whether usage is hidden, which another endpoint may change; the incomplete event, those
+        # that are kept, and what was read.
+        self.hide_usage = hide_usage
         self._events = sse.Events()
         self._kept: list[bytes] = []
         self.tally = Tally()
@@ -196,10 +203,10 @@ class StreamAccount:
         return f"<StreamAccount {self.tally!r} {self._events!r}>"
 
     def feed(self, data: bytes) -> bytes:
-        if not self.begun and self._first_token in data:
-            self.begun = True
         if self._events.rest or self._kept or not data.endswith(b"\n\n") or _tells(data):
-            return b"".join([self._pass(event) for event in self._events.feed(data)])
+            data = self._pass_all(self._events.feed(data))
+        if not self.begun and data and self._first_token in data:
+            self.begun = True
         return data
 
     def end(self) -> bytes:
@@ -207,15 +214,28 @@ class StreamAccount:
         return (self._pass(rest) if rest else b"") + self._release()
 
     def broken(self) -> bytes:
+        self._events.rest = b""
         return self._release()
+
+    def _pass_all(self, events: list[bytes]) -> bytes:
+        passing: list[bytes] = []
+        for event in events:
+            try:
+                passing.append(self._pass(event))
+            except ErrorEvent as error:
+                error.before = b"".join(passing)
+                raise
+        return b"".join(passing)
 
     def _pass(self, event: bytes) -> bytes:
         """Read an event, and return what passes on of all that came."""
         part = _read_event(event) if _tells(event) else None
         if part is None:
             return self._release() + event
+        if self._errors_end and part.tells_of_error():
+            raise ErrorEvent(sse.data_of(event))
         self.tally.add(part)
-        if not self._hide_usage:
+        if not self.hide_usage:
             return event
         if part.is_usage_alone():
             return self._release(part.system_fingerprint)

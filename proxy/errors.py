@@ -17,6 +17,8 @@ PolyvoxError
 │   ├── TooManyConnections     503
 │   ├── NotReady               503, come back in a moment
 │   ├── EngineStopped          503, somebody has to do something
+│   ├── Unavailable            503, nothing that could answer is asked now
+│   ├── Resting                429, whatever could answer wants a rest
 │   └── GatewayTimeout         504
 └── UpstreamError              an endpoint did not give a whole, valid answer
     ├── InvalidRequest         we refused to send it: a header or path that could smuggle; nothing was sent
@@ -27,10 +29,12 @@ PolyvoxError
     │   ├── FirstByteTimeout   the request was sent, and no answer began in time
     │   └── BetweenBytesTimeout  the answer began, then stood still
     ├── MalformedAnswer        what came is not HTTP, or its framing is ambiguous
+    ├── ErrorEvent             a stream told of an error inside
     └── TruncatedAnswer        the connection ended before the answer did (perhaps before its first byte)
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -201,6 +205,29 @@ class EngineStopped(RequestError):
         super().__init__(f"The model {model!r} is not available: its engine is {state}.")
 
 
+class Unavailable(RequestError):
+    """Every endpoint that could answer has failed so often that it is not asked for a while."""
+
+    status = 503
+    code = "model_not_available"
+
+    def __init__(self, model: str, wait: float) -> None:
+        super().__init__(f"The model {model!r} is not available: it has failed too often just now; try again soon.")
+        self.retry_after = max(1, math.ceil(wait))
+
+
+class Resting(RequestError):
+    """Every endpoint that could answer has asked for no more requests for a while."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, model: str, wait: float) -> None:
+        super().__init__(f"The model {model!r} takes no more requests for now; try again in {math.ceil(wait)} s.")
+        self.retry_after = max(1, math.ceil(wait))
+
+
 class BadGateway(RequestError):
     """The upstream gave no whole, valid answer."""
 
@@ -301,3 +328,17 @@ class TruncatedAnswer(UpstreamError):
     """The connection ended before the answer was complete, perhaps before its first byte."""
 
     summary = "the upstream ended the connection before its answer was complete"
+
+
+class ErrorEvent(UpstreamError):
+    """The endpoint ended its stream with an event that tells of an error.
+
+    document: the JSON of the event. before: what may still be sent of the bytes that it came with.
+    """
+
+    summary = "the upstream failed in the middle of its answer"
+
+    def __init__(self, document: bytes) -> None:
+        super().__init__()
+        self.document = document
+        self.before = b""

@@ -6,8 +6,20 @@ from time import perf_counter
 
 from proxy import sse, wire
 from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount
-from proxy.balancer import Lease
-from proxy.telemetry import FIRST_TOKEN, UNKNOWN, RequestFinished, RequestStarted, Sink, error_type
+from proxy.breaker import Outcome
+from proxy.continuation import Continuation
+from proxy.endpoints import Taken
+from proxy.errors import ErrorEvent, FirstTokenTimeout, MalformedAnswer, TruncatedAnswer, UpstreamError
+from proxy.splice import Splice
+from proxy.telemetry import (
+    FIRST_TOKEN,
+    UNKNOWN,
+    AttemptFailed,
+    RequestFinished,
+    RequestStarted,
+    Sink,
+    error_type,
+)
 from proxy.transport import Answer
 
 _EVENT_STREAM = b"text/event-stream"

@@ -36,13 +36,16 @@ _IDENTITY = (b"accept-encoding", b"identity")
 class CloudAnswer:
     """See proxy.transport.Answer."""
 
-    def __init__(self, transport: "CloudTransport", response: httpx2.Response) -> None:
-        # Mutable state: the iterator over the body, and whether the response was closed.
+    def __init__(self, transport: "CloudTransport", response: httpx2.Response, timeouts: Timeouts) -> None:
+        # Mutable state: the iterator over the body, how long its next bytes may take (httpx2 would have one time for
+        # all of them), and whether the response was closed.
         raw = [(name.lower(), value) for name, value in response.headers.raw]
         self.status, self.headers, *_ = check_head(response.status_code, raw)
         self._transport = transport
         self._response = response
         self._chunks = response.aiter_raw()
+        self._between_bytes = timeouts.between_bytes
+        self._pause = timeouts.between_bytes if timeouts.first_chunk is None else timeouts.first_chunk
         self._closed = False
 
     def __repr__(self) -> str:
@@ -56,7 +59,10 @@ class CloudAnswer:
             raise TruncatedAnswer("it was abandoned by us", address=self._transport.address)
         try:
             with _mapped(BetweenBytesTimeout, self._transport.address):
-                return await anext(self._chunks)
+                async with asyncio.timeout(self._pause):
+                    chunk = await anext(self._chunks)
+            self._pause = self._between_bytes
+            return chunk
         except (UpstreamError, asyncio.CancelledError):
             await self.close()
             raise
@@ -110,8 +116,8 @@ class CloudTransport:
             with _mapped(FirstByteTimeout, self.address):
                 response = await self._client.send(request, stream=True, auth=None, follow_redirects=False)
             undo.push_async_callback(response.aclose)
-            clock["read"] = timeouts.between_bytes  # httpx2 looks again before it reads the body
-            answer = self._checked(response)
+            clock["read"] = None  # httpx2 looks again before it reads the body, which the answer times itself
+            answer = self._checked(response, timeouts)
             undo.pop_all()
             return answer
 
@@ -135,9 +141,9 @@ class CloudTransport:
         extensions: dict[str, Any] = {"timeout": clock}
         return httpx2.Request(method.decode(), url, headers=[*kept, _IDENTITY], content=body, extensions=extensions)
 
-    def _checked(self, response: httpx2.Response) -> CloudAnswer:
+    def _checked(self, response: httpx2.Response, timeouts: Timeouts) -> CloudAnswer:
         try:
-            return CloudAnswer(self, response)
+            return CloudAnswer(self, response, timeouts)
         except UpstreamError as error:
             error.address = self.address
             raise
@@ -152,6 +158,8 @@ def _mapped(late: type[UpstreamError], address: str) -> Iterator[None]:
         ours = _error(error, late)
         ours.address = address
         raise ours from error
+    except TimeoutError as error:
+        raise late(address=address) from error
 
 
 def _error(error: Exception, late: type[UpstreamError]) -> UpstreamError:
