@@ -10,6 +10,7 @@ from proxy import registry
 from proxy.api import Api, build_app
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.endpoints import Endpoints
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry, watch_fleet
 from proxy.registry import Endpoint
@@ -25,6 +26,7 @@ class Worker:
         self._metrics = metrics
         self._supervisor = LocalTransport(f"unix:{control_socket}")
         self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
+        self._endpoints = Endpoints(metrics)
         # All mutable state: a transport for each address in use, and the task that follows the supervisor.
         self._transports: dict[str, Transport] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -34,8 +36,9 @@ class Worker:
 
     def app(self) -> ASGIApp:
         """Return the ASGI application; it starts and stops with this worker."""
-        chat = Chat(self._live, self._transport_to, self._config.server.start_wait, self._config.limits)
-        api = Api(chat, self._live, self._metrics, self._config.server)
+        server = self._config.server
+        chat = Chat(self._live, self._transport_to, server.start_wait, self._config.limits, self._endpoints)
+        api = Api(chat, self._live, self._metrics, server)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:

@@ -94,7 +94,7 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds: to connect, to the first byte of an answer, and between two reads of it.
 
-    first_token, between_tokens: the same for streams, whose head engines send at once; without them, the ones for bytes.
+    first_token, between_tokens: the same for streams, whose head engines send at once; without them, those for bytes.
     While nothing has been sent to the client, each leads to the next endpoint.
     """
 

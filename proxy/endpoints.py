@@ -11,6 +11,7 @@ from proxy import balancer
 from proxy.balancer import Lease, Load
 from proxy.breaker import Breaker, Change, State
 from proxy.registry import Endpoint, Model
+from proxy.retries import Budget
 from proxy.telemetry import BreakerChanged, Sink
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,10 @@ class Endpoints:
         self._sink = sink
         self.clock = clock
         self.chance = chance
-        # All mutable state: how each endpoint stands, and who is told of breakers that open.
+        # All mutable state: how each endpoint stands, what may be tried again for each model, and who is told of
+        # breakers that open.
         self._standings: dict[str, Standing] = {}
+        self._budgets: dict[str, Budget] = {}
         self._opened: list[Opened] = []
 
     def __repr__(self) -> str:
@@ -62,9 +65,17 @@ class Endpoints:
         """Have a function called with each endpoint whose breaker opens."""
         self._opened.append(call)
 
-    def allowed(self, model: Model, now: float, tried: Collection[str]) -> list[Endpoint]:
-        """Return the endpoints of a model that may be asked now, but for those that have been tried."""
-        return [e for e in model.ready() if e.name not in tried and self.of(e, model).breaker.allow(now)]
+    def budget(self, model: Model) -> Budget:
+        """Return what may be tried again of the requests for a model."""
+        budget = self._budgets.get(model.name)
+        if budget is None:
+            budget = self._budgets[model.name] = Budget(model.retries)
+        return budget
+
+    def allowed(self, model: Model, now: float, tried: Collection[tuple[str, float]]) -> list[Endpoint]:
+        """Return the endpoints of a model that may be asked now, but for those that were tried: (name, since)."""
+        found = [e for e in model.ready() if self.of(e, model).breaker.allow(now)]
+        return [e for e in found if (e.name, e.since) not in tried] if tried else found
 
     def preferred(self, endpoints: list[Endpoint], now: float) -> list[Endpoint]:
         """Leave out those that have just been too busy."""
@@ -96,10 +107,9 @@ class Endpoints:
     def _changed(self, endpoint: Endpoint, model: Model, change: Change) -> None:
         until = self.clock() + change.seconds if change.seconds else 0.0
         self._sink.changed(BreakerChanged(model.name, endpoint.name, change.after.value, until))
-        log.warning(
-            "endpoint %s: breaker %s, was %s%s", endpoint.name, change.after.value, change.before.value,
-            f"; the next trial is in {change.seconds:.0f} s, or when a health check is passed" if change.seconds else "",
-        )  # fmt: skip
+        trial = f"; the next trial is in {change.seconds:.0f} s, or when a health check is passed"
+        said = f"{change.after.value}, was {change.before.value}" + (trial if change.seconds else "")
+        log.warning("endpoint %s: breaker %s", endpoint.name, said)
         if change.after is State.OPEN:
             for call in self._opened:
                 call(endpoint, self._standings[endpoint.name].breaker)

@@ -27,7 +27,8 @@ PolyvoxError
     │   ├── ConnectTimeout     no connection in time
     │   │   └── PoolTimeout    all connections were busy for as long as connecting may take
     │   ├── FirstByteTimeout   the request was sent, and no answer began in time
-    │   └── BetweenBytesTimeout  the answer began, then stood still
+    │   ├── BetweenBytesTimeout  the answer began, then stood still
+    │   └── FirstTokenTimeout  a stream that has a head, and no token
     ├── MalformedAnswer        what came is not HTTP, or its framing is ambiguous
     ├── ErrorEvent             a stream told of an error inside
     └── TruncatedAnswer        the connection ended before the answer did (perhaps before its first byte)
@@ -316,6 +317,12 @@ class BetweenBytesTimeout(UpstreamTimeout):
     """The answer began, then nothing came for longer than the endpoint may pause."""
 
     summary = "the upstream stopped in the middle of its answer"
+
+
+class FirstTokenTimeout(UpstreamTimeout):
+    """The head of a stream came, but no token in time."""
+
+    summary = "the upstream gave no first token in time"
 
 
 class MalformedAnswer(UpstreamError):

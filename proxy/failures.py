@@ -10,11 +10,14 @@ Answers that are errors:
 
 from typing import NamedTuple
 
+import msgspec
+
 from proxy.breaker import Outcome
 from proxy.errors import (
     BadGateway,
     ConnectFailed,
     ConnectTimeout,
+    ErrorEvent,
     InvalidRequest,
     PoolTimeout,
     RequestError,
@@ -29,6 +32,17 @@ _OUR_KEY = frozenset((401, 403, 407))
 _BUSY = frozenset((408, 425, 429))
 _PASSING = frozenset((502, 503))  # what those answer whose engine is being started, or has too much to do
 _NEVER = frozenset((501, 505))  # what the client wants is not there; it could break every breaker with it
+
+
+class _Error(msgspec.Struct):
+    code: int | str | None = None
+
+
+class _Event(msgspec.Struct):
+    error: _Error
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
 
 
 class Verdict(NamedTuple):
@@ -46,7 +60,7 @@ class Verdict(NamedTuple):
 
 _FAILED = Verdict(Outcome.FAILURE)
 _FINAL = Verdict(Outcome.NEUTRAL, elsewhere=False)
-_BUSY_NOW = Verdict(Outcome.NEUTRAL)
+BUSY = Verdict(Outcome.NEUTRAL)  # it has too much to do, or does not want us
 _PASSES = Verdict(Outcome.FAILURE, again=True)
 _OF_ERRORS: dict[type[Exception], Verdict] = {
     InvalidRequest: _FINAL,
@@ -55,20 +69,31 @@ _OF_ERRORS: dict[type[Exception], Verdict] = {
     PoolTimeout: Verdict(Outcome.NEUTRAL, sent=False),  # it is we who have no connection left
     TruncatedAnswer: _PASSES,
     UpstreamError: _FAILED,
-    BadGateway: _BUSY_NOW,
+    BadGateway: BUSY,
     RequestError: _FINAL,
 }
 
 
 def verdict(error: Exception) -> Verdict:
     """Judge what was raised on the way to an endpoint and back."""
+    if isinstance(error, ErrorEvent) and status_of(error):
+        return _FINAL
     if isinstance(error, UpstreamFailed):
         if error.status in _NEVER:
             return _FINAL
         if error.retry_after:
-            return _BUSY_NOW
+            return BUSY
         return _PASSES if error.status in _PASSING else _FAILED
     return next(_OF_ERRORS[kind] for kind in type(error).__mro__ if kind in _OF_ERRORS)
+
+
+def status_of(error: ErrorEvent) -> int | None:
+    """Return the status of an error that a stream told of, where it is the client's; None otherwise."""
+    try:
+        code = _decode_event(error.document).error.code
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return code if isinstance(code, int) and 400 <= code < 500 and not is_busy(code) else None
 
 
 def is_busy(status: int) -> bool:

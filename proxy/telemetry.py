@@ -75,7 +75,8 @@ class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     gone before there was one. error: one of ERROR_TYPES, or None. finish_reason: one of accounting.FINISH_REASONS;
     "abort" if the client did not stay to the end. Times are in seconds from the request being here; None where there
     was nothing to time. per_token: for each token after the first. overhead: what we took ourselves. under_way: it was
-    at the endpoint until now. level: how many models of the chain had been passed over.
+    at the endpoint until now. level: how many models of the chain were passed over. resumed: how often a stream went on
+    elsewhere.
     """
 
     model: str
@@ -93,6 +94,7 @@ class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     tokens_cached: int
     under_way: bool = True
     level: int = 0
+    resumed: int = 0
 
 
 class Sink(Protocol):

@@ -9,17 +9,19 @@ import pytest
 from engines.spec import FleetStatus
 from proxy.chat import Chat, Incoming
 from proxy.config import Config, EndpointSettings, ModelSettings
+from proxy.endpoints import Endpoints
 from proxy.limits import Limits
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
 from proxy.registry import build
 from proxy.relay import Exchange
 
+END = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
 
 
 class FakeTransport:
-    """Remembers the bodies it is given, and answers with a stream of usage alone."""
+    """Remembers the bodies it is given, and answers with a stream of an end and usage."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -46,6 +48,7 @@ class FakeAnswer:
         return await anext(self._chunks)
 
     async def _pieces(self) -> AsyncIterator[bytes]:
+        yield END
         yield USAGE
 
     async def close(self) -> None:
@@ -58,13 +61,15 @@ def asked(path: str, body: dict[str, object], *, stream_usage: bool = True) -> t
     config = Config(models={"m": ModelSettings(endpoints=(endpoint,))})
     transport = FakeTransport()
     live = LiveRegistry(build(config, FleetStatus(version=0)))
-    chat = Chat(live, lambda endpoint: transport, 1.0, Limits())  # type: ignore[arg-type, return-value]
+    metrics = Metrics(config)
+    chat = Chat(live, lambda endpoint: transport, 1.0, Limits(), Endpoints(metrics))  # type: ignore[arg-type, return-value]
     request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id")
 
     async def story() -> bytes:
-        exchange = Exchange(Metrics(config), "chat" if "chat" in path else "responses")
+        exchange = Exchange(metrics, "chat" if "chat" in path else "responses")
         reply = await chat.answer(request, exchange)
-        passed = [reply.read(data) async for data in reply.body]
+        assert reply.body
+        passed = [reply.opening, *[reply.read(data) async for data in reply.body]]
         await exchange.close()
         return b"".join([*passed, reply.end()])
 
@@ -75,7 +80,7 @@ def asked(path: str, body: dict[str, object], *, stream_usage: bool = True) -> t
 def test_an_endpoint_is_asked_what_a_stream_used_and_the_client_does_not_see_it():
     sent, got = asked("/v1/chat/completions", {"model": "m", "stream": True})
     assert json.loads(sent)["stream_options"] == {"include_usage": True}
-    assert got == b""
+    assert got == END
 
 
 @pytest.mark.parametrize(
@@ -90,4 +95,4 @@ def test_an_endpoint_is_asked_what_a_stream_used_and_the_client_does_not_see_it(
 def test_no_endpoint_is_asked_that_refuses_or_tells_by_itself(path, body, stream_usage):
     sent, got = asked(path, body, stream_usage=stream_usage)
     assert sent == json.dumps(body).encode()
-    assert got == USAGE
+    assert got == END + USAGE
