@@ -13,6 +13,7 @@ from proxy.config import Config
 from proxy.endpoints import Endpoints
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry, watch_fleet
+from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
@@ -27,6 +28,7 @@ class Worker:
         self._supervisor = LocalTransport(f"unix:{control_socket}")
         self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
         self._endpoints = Endpoints(metrics)
+        self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
         # All mutable state: a transport for each address in use, and the task that follows the supervisor.
         self._transports: dict[str, Transport] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -49,6 +51,7 @@ class Worker:
         if self._watching:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        await self._recovery.close()
         for transport in (*self._transports.values(), self._supervisor):
             await transport.close()
 

@@ -133,8 +133,8 @@ async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_
     """Make the reply to a client. Raises UpstreamError where that takes the whole document, and it does not come.
 
     rename: the `model` to write into the answer, None to leave it alone. hide_usage: a stream says what it used only
-    because we asked. Without either every byte passes as it came; an event stream passes event by event, and a JSON
-    document whole, unless it is large and may pass as it comes. Whatever is neither passes untouched.
+    because we asked. Without either every byte passes as it came: of an event stream event by event, and of a document
+    when it is whole, or of a large one that needs no change as it comes.
     """
     headers = [(name, value) for name, value in answer.headers if name not in _SERVERS_OWN]
     kind = content_type(headers)
@@ -142,9 +142,7 @@ async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_
         return await _error(answer, exchange, headers)
     if kind.startswith(_EVENT_STREAM):
         return _stream(answer, exchange, headers, rename, hide_usage=hide_usage)
-    if not kind.startswith(_JSON):
-        return Reply(exchange, answer.status, headers, NoAccount(), answer)
-    return await _document(answer, exchange, headers, rename)
+    return await _document(answer, exchange, headers, rename if kind.startswith(_JSON) else None)
 
 
 def _stream(answer: Answer, exchange: Exchange, headers: Headers, rename: str | None, *, hide_usage: bool) -> Reply:
@@ -161,12 +159,13 @@ def _stream(answer: Answer, exchange: Exchange, headers: Headers, rename: str | 
 async def _document(answer: Answer, exchange: Exchange, headers: Headers, rename: str | None) -> Reply:
     document, whole = await _gather(answer, _HELD_LIMIT if rename is None else _RENAMED_LIMIT)
     exchange.waited()
-    account = DocumentAccount()
+    is_json = content_type(headers).startswith(_JSON)
+    account = DocumentAccount() if is_json else NoAccount()
     if not whole and rename is None:
         return Reply(exchange, answer.status, headers, account, _after(document, answer))
     if not whole:
         raise MalformedAnswer("the body is larger than it may be")
-    if not _is_json(document):
+    if is_json and not _can_be_json(document):
         raise MalformedAnswer("it says that it is JSON and is not")
     account.feed(document)
     account.end()
@@ -217,7 +216,7 @@ async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
         yield data
 
 
-def _is_json(document: bytes) -> bool:
+def _can_be_json(document: bytes) -> bool:
     """Say whether bytes can be a JSON object or list; what is inside is read by those who need it."""
     text = document.strip()
     return (text[:1], text[-1:]) in ((b"{", b"}"), (b"[", b"]"))
