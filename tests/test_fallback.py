@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 
 from proxy.config import BreakerSettings, Config, EndpointSettings, ModelSettings, RetrySettings, Timeouts
@@ -441,5 +442,89 @@ def test_a_client_that_goes_away_while_we_wait_to_try_again_leaves_nothing():
                 await eventually(lambda: proxy.page().value("polyvox_requests_total") == 1)
                 assert len(a.requests) == 1
                 assert proxy.page().value("polyvox_request_success_total", finished_reason="abort") == 1
+
+    run(tell())
+
+
+# Contexts that are too short, engines that are not ready
+
+TOO_LONG = [ok(b'{"error":{"message":"too long"}}', JSON, status=b"400 Bad")]
+
+
+def with_models(proxy: Proxy, **changed: dict[str, Any]) -> None:
+    """Change what the registry says of models."""
+    models = {
+        name: msgspec.structs.replace(model, **changed.get(name, {})) for name, model in proxy.live.current.models.items()
+    }
+    proxy.live.replace(msgspec.structs.replace(proxy.live.current, models=models))
+
+
+@pytest.mark.parametrize(
+    ("words", "contexts", "answer"),
+    [
+        (2000, (1000, 8000), "longer"),  # too long for the first by its length: the second is longer
+        (2000, (1000, None), "longer"),  # nobody knows how long the second is
+        (2000, (1000, 1000), 400),  # the second is no longer
+        (2000, (1000, 900), 400),
+        (10, (1000, 8000), 400),  # short enough: something else is wrong
+        (2000, (None, 8000), 400),  # nobody knows whether it is too long
+    ],
+)
+def test_a_prompt_that_is_too_long_goes_to_a_model_with_a_longer_context(words, contexts, answer):
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        with_models(proxy, m={"context_length": contexts[0]}, n={"context_length": contexts[1]})
+        got = await proxy.ask(messages=[{"role": "user", "content": "word " * words}])
+        if answer == 400:
+            assert (got.status_code, got.json()["error"]["message"]) == (400, "too long")
+        else:
+            assert said(got) == answer
+        assert len(a.requests) == 1
+        assert proxy.state("m/0") == "closed"
+
+    two_models(TOO_LONG, plain("longer"), story)
+
+
+def test_a_model_of_the_chain_that_is_surely_too_short_is_passed_over():
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        with_models(proxy, n={"context_length": 100})
+        got = await proxy.ask(messages=[{"role": "user", "content": "word " * 2000}])
+        assert got.status_code == 500
+        assert b.requests == []
+
+    two_models([ok(b"", status=b"500 Oh")], plain("never"), story)
+
+
+@pytest.mark.parametrize("state", ["starting", "failed", "stopped"])
+def test_an_engine_that_is_not_ready_is_not_waited_for_where_another_model_is(state):
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        with_models(proxy, m={"endpoints": (), "state": state})
+        got = await proxy.ask()
+        assert said(got) == "n"
+        assert (got.headers["x-polyvox-attempts"], got.headers["x-polyvox-fallback-level"]) == ("1", "1")
+
+    two_models(plain("never"), plain("n"), story)
+
+
+def test_an_engine_that_starts_is_waited_for_where_nothing_else_answers():
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        ready = proxy.live.current.models["m"]
+        with_models(proxy, m={"endpoints": (), "state": "starting"})
+        asking = asyncio.create_task(proxy.ask())
+        await eventually(lambda: len(b.requests) == 2)
+        await eventually(lambda: len(proxy.live._waiting) == 1)
+        with_models(proxy, m={"endpoints": ready.endpoints, "state": "ready"})
+        assert said(await asking) == "ready at last"
+
+    two_models(plain("ready at last"), [Step.RESET], story)
+
+
+def test_an_engine_that_was_started_again_has_no_past():
+    async def tell() -> None:
+        async with upstream([ok(b"", status=b"500 Oh")], plain("fresh")) as a:
+            async with proxying(Config(models={"m": model(a.address, breaker=BreakerSettings(failures=1))})) as proxy:
+                assert [(await proxy.ask()).status_code for _ in range(2)] == [500, 503]
+                again = [msgspec.structs.replace(e, since=5.0) for e in proxy.live.current.models["m"].endpoints]
+                with_models(proxy, m={"endpoints": tuple(again)})
+                assert said(await proxy.ask()) == "fresh"
 
     run(tell())
