@@ -59,7 +59,7 @@ _SUCCESS, _FAILURE, _NEUTRAL = Outcome
 _SPREAD: Final = 0.2  # of a recovery time, each way: breakers that opened together try again apart
 _DISBELIEF: Final = 4.0  # seconds; how long a health check is not believed after the first trial that it led to failed
 _A_MOMENT: Final = 1.0  # seconds; what a trial may take, as far as we know
-_AVOID: Final = 1.0  # seconds for which an endpoint that is busy without saying how long comes last
+AVOID: Final = 1.0  # seconds for which an endpoint that is busy without saying how long comes last
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -153,7 +153,7 @@ class Breaker:
     def rest(self, now: float, seconds: float | None) -> None:
         """The endpoint is too busy. seconds: for how long it wants no request; None where it did not say."""
         if seconds is None:
-            self._avoid_until = now + _AVOID
+            self._avoid_until = now + AVOID
         else:
             self._rest_until = max(self._rest_until, now + min(seconds, self._settings.recovery))
 

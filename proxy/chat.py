@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from proxy import forbidden, limits, outgoing, wire
+from proxy import forbidden, limits, reply, wire
 from proxy.endpoints import Endpoints
 from proxy.fallback import Walk, Ways
 from proxy.limits import Limits
-from proxy.outgoing import Asked, Incoming
+from proxy.outgoing import Asked, Incoming, content_type
 from proxy.probe import LiveRegistry
 from proxy.registry import Endpoint
 from proxy.relay import Exchange
@@ -41,9 +41,8 @@ class Chat:
         2. Find the model behind the name, refuse what it may not be asked.
         3. Walk from endpoint to endpoint until one answers, under the name that was asked for.
         """
-        kind = outgoing.content_type(request)
-        form = request.path in _FORMS and kind.lower().startswith(b"multipart/form-data")
-        envelope = wire.read_form(request.body, kind) if form else wire.read_json(request.body)
+        form = request.path in _FORMS and reply.content_type(request.headers).startswith(b"multipart/form-data")
+        envelope = wire.read_form(request.body, content_type(request)) if form else wire.read_json(request.body)
         registry = self._live.current
         model = registry.resolve(envelope.model)
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._limits)

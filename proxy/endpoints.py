@@ -2,14 +2,14 @@
 
 import logging
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
 from typing import NamedTuple
 
 from proxy import balancer
-from proxy.balancer import Lease, Load
-from proxy.breaker import Breaker, Change, State
+from proxy.balancer import Load
+from proxy.breaker import AVOID, Breaker, Change, State
 from proxy.registry import Endpoint, Model
 from proxy.retries import Budget
 from proxy.telemetry import BreakerChanged, Sink
@@ -20,27 +20,25 @@ Opened = Callable[[Endpoint, Breaker], None]
 
 
 class Standing:
-    """One endpoint. since: see registry.Endpoint."""
+    """How one endpoint stands."""
 
-    __slots__ = ("breaker", "load", "since")
+    __slots__ = ("breaker", "endpoint", "load")
 
-    def __init__(self, breaker: Breaker, since: float) -> None:
-        # All mutable state is what it holds.
+    def __init__(self, endpoint: Endpoint, breaker: Breaker) -> None:
+        # All mutable state is what it holds; the endpoint is as the newest registry has it.
+        self.endpoint = endpoint
         self.load = Load()
         self.breaker = breaker
-        self.since = since
 
     def __repr__(self) -> str:
-        return f"<Standing {self.load!r} {self.breaker!r}>"
+        return f"<Standing {self.endpoint.name} {self.load!r} {self.breaker!r}>"
 
 
-class Taken(NamedTuple):
-    """An endpoint that was chosen for a request, and what the request holds there."""
+class _Ready(NamedTuple):
+    """A model, and its endpoints that take requests."""
 
-    endpoint: Endpoint
-    lease: Lease
-    breaker: Breaker
-    ticket: int
+    model: Model
+    standings: list[Standing]
 
 
 class Endpoints:
@@ -52,14 +50,16 @@ class Endpoints:
         self._sink = sink
         self.clock = clock
         self.chance = chance
-        # All mutable state: how each endpoint stands, what may be tried again for each model, and who is told of
-        # breakers that open.
+        # All mutable state: how each endpoint stands, those of each model that are ready, what may be tried again for
+        # each model, until when one of all is to be avoided, and who is told of breakers that open.
         self._standings: dict[str, Standing] = {}
+        self._ready: dict[str, _Ready] = {}
         self._budgets: dict[str, Budget] = {}
+        self._avoid_until = 0.0
         self._opened: list[Opened] = []
 
     def __repr__(self) -> str:
-        return f"<Endpoints {self._standings!r}>"
+        return f"<Endpoints {list(self._standings.values())!r}>"
 
     def on_open(self, call: Opened) -> None:
         """Have a function called with each endpoint whose breaker opens."""
@@ -72,44 +72,61 @@ class Endpoints:
             budget = self._budgets[model.name] = Budget(model.retries)
         return budget
 
-    def allowed(self, model: Model, now: float, tried: Collection[tuple[str, float]]) -> list[Endpoint]:
-        """Return the endpoints of a model that may be asked now, but for those that were tried: (name, since)."""
-        found = [e for e in model.ready() if self.of(e, model).breaker.allow(now)]
-        return [e for e in found if (e.name, e.since) not in tried] if tried else found
+    def allowed(self, model: Model, now: float) -> list[Standing]:
+        """Return the endpoints of a model that may be asked now. The list is not to be changed."""
+        ready = self._ready_of(model)
+        for standing in ready:
+            if not standing.breaker.allow(now):
+                return [s for s in ready if s.breaker.allow(now)]
+        return ready
 
-    def preferred(self, endpoints: list[Endpoint], now: float) -> list[Endpoint]:
+    def preferred(self, standings: list[Standing], now: float) -> list[Standing]:
         """Leave out those that have just been too busy."""
-        return [e for e in endpoints if not self._standings[e.name].breaker.avoid(now)]
+        if now >= self._avoid_until:
+            return standings
+        return [s for s in standings if not s.breaker.avoid(now)]
 
-    def take(self, candidates: Sequence[Endpoint], now: float) -> Taken:
-        """Choose one of some endpoints that are allowed, and take a lease."""
-        standings = [self._standings[e.name] for e in candidates]
-        chosen = balancer.least_loaded([s.load for s in standings]) if len(standings) > 1 else 0
-        breaker = standings[chosen].breaker
-        return Taken(candidates[chosen], standings[chosen].load.lease(), breaker, breaker.begin(now))
+    def pick(self, candidates: Sequence[Standing]) -> Standing:
+        """Choose one of some endpoints that are allowed."""
+        if len(candidates) == 1:
+            return candidates[0]
+        return candidates[balancer.least_loaded([s.load for s in candidates])]
 
-    def of(self, endpoint: Endpoint, model: Model) -> Standing:
-        """Return how an endpoint stands. Another process at its address begins anew."""
-        standing = self._standings.get(endpoint.name)
-        if standing is None:
-            breaker = Breaker(model.breaker, self.chance, partial(self._changed, endpoint, model))
-            standing = self._standings[endpoint.name] = Standing(breaker, endpoint.since)
-        elif standing.since != endpoint.since:
-            standing.since = endpoint.since
-            standing.breaker.renew()
-        return standing
+    def rest(self, standing: Standing, seconds: float | None) -> None:
+        """An endpoint is too busy: see Breaker.rest."""
+        now = self.clock()
+        standing.breaker.rest(now, seconds)
+        self._avoid_until = now + AVOID
 
     def wait(self, models: Sequence[Model], now: float) -> tuple[float, bool]:
         """Return the seconds until one of the ready endpoints may be asked, and whether all just want a rest."""
-        breakers = [self.of(e, m).breaker for m in models for e in m.ready()]
+        breakers = [s.breaker for m in models for s in self._ready_of(m)]
         return min((b.wait(now) for b in breakers), default=0.0), all(b.rests(now) for b in breakers)
 
-    def _changed(self, endpoint: Endpoint, model: Model, change: Change) -> None:
+    def _ready_of(self, model: Model) -> list[Standing]:
+        ready = self._ready.get(model.name)
+        if ready is None or ready.model is not model:  # the registry is a new one
+            ready = self._ready[model.name] = _Ready(model, [self._of(e, model) for e in model.ready()])
+        return ready.standings
+
+    def _of(self, endpoint: Endpoint, model: Model) -> Standing:
+        """Return how an endpoint stands. Another process at its address begins anew."""
+        standing = self._standings.get(endpoint.name)
+        if standing is None:
+            breaker = Breaker(model.breaker, self.chance, partial(self._changed, endpoint.name))
+            standing = self._standings[endpoint.name] = Standing(endpoint, breaker)
+        elif standing.endpoint.since != endpoint.since:
+            standing.breaker.renew()
+        standing.endpoint = endpoint
+        return standing
+
+    def _changed(self, name: str, change: Change) -> None:
+        standing = self._standings[name]
         until = self.clock() + change.seconds if change.seconds else 0.0
-        self._sink.changed(BreakerChanged(model.name, endpoint.name, change.after.value, until))
+        self._sink.changed(BreakerChanged(standing.endpoint.model, name, change.after.value, until))
         trial = f"; the next trial is in {change.seconds:.0f} s, or when a health check is passed"
         said = f"{change.after.value}, was {change.before.value}" + (trial if change.seconds else "")
-        log.warning("endpoint %s: breaker %s", endpoint.name, said)
+        log.warning("endpoint %s: breaker %s", name, said)
         if change.after is State.OPEN:
             for call in self._opened:
-                call(endpoint, self._standings[endpoint.name].breaker)
+                call(standing.endpoint, standing.breaker)

@@ -15,10 +15,12 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from proxy import failures, forbidden, sse
 from proxy import reply as replies
 from proxy.continuation import COMPLETIONS, Continuation
-from proxy.endpoints import Endpoints, Taken
+from proxy.endpoints import Endpoints, Standing
 from proxy.errors import (
     BadGateway,
     EngineStopped,
@@ -60,20 +62,20 @@ class Ways(NamedTuple):
     limits: Limits
 
 
-class Place(NamedTuple):
+class Place(msgspec.Struct, frozen=True, gc=False):
     """Where an attempt may be made: one of some endpoints. level: how many models of the chain were passed over."""
 
     level: int
     model: Model
-    candidates: list[Endpoint]
+    candidates: list[Standing]
 
 
 class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
     __slots__ = (
-        "_again", "_asked", "_breaks", "_chain", "_context", "_exchange", "_first", "_length", "_model",
-        "_must_continue", "_place", "_taken", "_tried", "_waited", "_ways",
+        "_again", "_asked", "_at", "_breaks", "_chain", "_context", "_exchange", "_first", "_key", "_length", "_model",
+        "_must_continue", "_of", "_tried", "_waited", "_ways",
     )  # fmt: skip
 
     def __init__(self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange) -> None:
@@ -81,10 +83,12 @@ class Walk:
         self._asked = asked
         self._chain = chain
         self._exchange = exchange
-        # All mutable state: the model as the newest registry has it, and the attempt that is under way.
+        # All mutable state: the model as the newest registry has it; of the attempt that is under way, the model that it
+        # is made for, how its endpoint stands, and which process is there.
         self._model = model
-        self._place: Place | None = None
-        self._taken: Taken | None = None
+        self._of = model
+        self._at: Standing | None = None
+        self._key: Key = ("", 0.0)
         # What was tried; of that, what may be asked again in a moment (None: it was); whether an engine was waited for.
         self._tried: frozenset[Key] = _NONE
         self._again: frozenset[Key] | None = _NONE
@@ -123,15 +127,19 @@ class Walk:
         now = endpoints.clock()
         busy = None
         for level, model in self._models():
-            allowed = endpoints.allowed(model, now, self._tried)
-            if self._must_continue:
-                allowed = [e for e in allowed if e.continues]
+            allowed = endpoints.allowed(model, now)
+            if self._tried:
+                allowed = self._untried(allowed)
             if not allowed:
                 continue
             if preferred := endpoints.preferred(allowed, now):
                 return Place(level, model, preferred)
             busy = busy or Place(level, model, allowed)
         return busy
+
+    def _untried(self, standings: list[Standing]) -> list[Standing]:
+        fresh = [s for s in standings if _key(s.endpoint) not in self._tried]
+        return [s for s in fresh if s.endpoint.continues] if self._must_continue else fresh
 
     def _models(self) -> Iterator[tuple[int, Model]]:
         if not self._context:
@@ -190,9 +198,7 @@ class Walk:
     async def _attempt(self, place: Place) -> Reply:
         """Return an answer that may be sent. Raises UpstreamError or RequestError where there is none."""
         started = self._ways.endpoints.clock()
-        answer, out = await self._send(place)
-        assert self._taken
-        endpoint = self._taken.endpoint
+        answer, endpoint, out = await self._send(place)
         if answer.status >= 300:
             failures.check(answer, endpoint)
         reply = await replies.reply(answer, self._exchange, out.rename, hide_usage=out.hides_usage)
@@ -212,37 +218,36 @@ class Walk:
             return replies.refusal(status, failures.masked(error.document, endpoint), self._exchange)
         return reply
 
-    async def _send(self, place: Place, continued: Continuation | None = None) -> tuple[Answer, Outgoing]:
+    async def _send(self, place: Place, continued: Continuation | None = None) -> tuple[Answer, Endpoint, Outgoing]:
         """Take one of the endpoints, and send it the request, or what goes on with the answer so far."""
         ways, exchange = self._ways, self._exchange
-        taken = self._taken = ways.endpoints.take(place.candidates, ways.endpoints.clock())
-        self._place = place
-        exchange.model, exchange.level = place.model.name, place.level
-        exchange.begin(taken.endpoint.name, taken.lease, taken.breaker, taken.ticket)
-        out = outgoing(self._asked, taken.endpoint)
+        self._of = place.model
+        standing = self._at = ways.endpoints.pick(place.candidates)
+        endpoint, breaker = standing.endpoint, standing.breaker
+        self._key = _key(endpoint)
+        out = outgoing(self._asked, endpoint)
         body = (continued.resume(out.body) if continued else None) or out.body
+        exchange.model, exchange.level = place.model.name, place.level
+        exchange.begin(endpoint.name, standing.load.lease(), breaker, breaker.begin(ways.endpoints.clock()))
         timeouts = _timeouts(place.model, stream=self._asked.envelope.stream)
-        exchange.sent()
-        answer = await ways.transport_to(taken.endpoint).send(out.method, out.path, out.headers, body, timeouts)
+        answer = await ways.transport_to(endpoint).send(out.method, out.path, out.headers, body, timeouts)
         exchange.answered(answer)
-        return answer, out
+        return answer, endpoint, out
 
     async def _leave(self, error: Exception | None, said: Verdict) -> None:
         """The attempt has failed, with an error or (None) an answer that says so: settle it, and remember it."""
-        assert self._taken
-        key = self._key()
-        self._tried |= {key}
+        self._tried |= {self._key}
         if said.again and self._again is not None:
-            self._again |= {key}
+            self._again |= {self._key}
         if isinstance(error, UpstreamFailed) and error.retry_after:
-            self._taken.breaker.rest(self._ways.endpoints.clock(), error.retry_after)
+            self._rest(error.retry_after)
         await self._exchange.retreat(error, said.outcome)
         if self._first is None:
             self._first = error
 
-    def _key(self) -> Key:
-        assert self._taken
-        return self._taken.endpoint.name, self._taken.endpoint.since
+    def _rest(self, seconds: float | None) -> None:
+        assert self._at
+        self._ways.endpoints.rest(self._at, seconds)
 
     def _may_go_on(self, said: Verdict) -> bool:
         """Say whether another attempt makes sense, and is within the budget."""
@@ -253,16 +258,14 @@ class Walk:
 
     async def _passes_over(self, reply: Reply) -> bool:
         """Say whether an answer that is an error is left aside, since another endpoint may give a better one."""
-        assert self._taken
-        assert self._place
-        context = self._place.model.context_length
+        context = self._of.context_length
         if failures.is_busy(reply.status):
-            self._taken.breaker.rest(self._ways.endpoints.clock(), failures.retry_after(reply.headers))
+            self._rest(failures.retry_after(reply.headers))
         elif reply.status in _TOO_LONG and context is not None and self._measured().most > context:
             self._context = max(self._context, context)
         else:
             return False
-        self._tried |= {self._key()}
+        self._tried |= {self._key}
         if self._find() is None or not self._may_go_on(failures.BUSY):
             return False
         self._first = self._first or reply
@@ -330,7 +333,7 @@ class Walk:
             return False
         self._must_continue = resumed is not body and self._asked.request.path != COMPLETIONS
         if reply.has_moved:  # those that failed before are as good as any
-            self._tried, self._again, self._waited = frozenset((self._key(),)), _NONE, False
+            self._tried, self._again, self._waited = frozenset((self._key,)), _NONE, False
         elif not self._may_go_on(failures.BUSY):
             return False
         while place := self._find() or await self._later():
@@ -345,13 +348,16 @@ class Walk:
         return False
 
     async def _go_on(self, reply: Reply, continuation: Continuation, place: Place) -> None:
-        answer, out = await self._send(place, continuation)
-        assert self._taken
-        failures.check(answer, self._taken.endpoint)
+        answer, endpoint, out = await self._send(place, continuation)
+        failures.check(answer, endpoint)
         if answer.status != 200 or not replies.is_stream(answer):
             raise BadGateway("The upstream does not continue what another one began.")
         reply.go_on(answer, continuation.splice(), hide_usage=out.hides_usage)
         self._exchange.resumed += 1
+
+
+def _key(endpoint: Endpoint) -> Key:
+    return endpoint.name, endpoint.since
 
 
 def _patience(model: Model) -> float:

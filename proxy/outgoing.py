@@ -1,8 +1,6 @@
 """A request as a client sent it, and as one endpoint gets it. Pure."""
 
 import hashlib
-from typing import NamedTuple
-
 import msgspec
 
 from proxy import accounting, wire
@@ -35,7 +33,7 @@ class Incoming(msgspec.Struct, frozen=True):
     salt: str | None = None
 
 
-class Asked(NamedTuple):
+class Asked(msgspec.Struct, frozen=True, gc=False):
     """A request, what was read of it, and what it asks for. form: its body is multipart/form-data."""
 
     request: Incoming
@@ -44,7 +42,7 @@ class Asked(NamedTuple):
     form: bool
 
 
-class Outgoing(NamedTuple):
+class Outgoing(msgspec.Struct, frozen=True, gc=False):
     """A request ready for one endpoint.
 
     rename: the `model` that its answer must have, None to leave it. hides_usage: only we ask what a stream used.

@@ -83,13 +83,7 @@ class Exchange:
         self._breaker = breaker
         self._ticket = ticket
         self._sink.started(RequestStarted(self.model, endpoint))
-        self.sent()
-
-    def sent(self) -> None:
-        """The request is on its way."""
-        now = self._clock()
-        self._overhead += now - self._mark
-        self._mark = now
+        self._overhead += self._clock() - self._mark
 
     async def retreat(self, error: BaseException | None, outcome: Outcome) -> None:
         """The attempt has failed, with an error or (None) an answer that says so. Another may follow."""

@@ -142,7 +142,7 @@ async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_
         return await _error(answer, exchange, headers)
     if kind.startswith(_EVENT_STREAM):
         return _stream(answer, exchange, headers, rename, hide_usage=hide_usage)
-    return await _document(answer, exchange, headers, rename if kind.startswith(_JSON) else None)
+    return await _document(answer, exchange, headers, rename, is_json=kind.startswith(_JSON))
 
 
 def _stream(answer: Answer, exchange: Exchange, headers: Headers, rename: str | None, *, hide_usage: bool) -> Reply:
@@ -156,10 +156,12 @@ def _stream(answer: Answer, exchange: Exchange, headers: Headers, rename: str | 
     return made
 
 
-async def _document(answer: Answer, exchange: Exchange, headers: Headers, rename: str | None) -> Reply:
+async def _document(
+    answer: Answer, exchange: Exchange, headers: Headers, rename: str | None, *, is_json: bool
+) -> Reply:
+    rename = rename if is_json else None
     document, whole = await _gather(answer, _HELD_LIMIT if rename is None else _RENAMED_LIMIT)
     exchange.waited()
-    is_json = content_type(headers).startswith(_JSON)
     account = DocumentAccount() if is_json else NoAccount()
     if not whole and rename is None:
         return Reply(exchange, answer.status, headers, account, _after(document, answer))
@@ -171,6 +173,7 @@ async def _document(answer: Answer, exchange: Exchange, headers: Headers, rename
     account.end()
     if rename is not None:
         document = wire.set_model(document, rename)
+        headers = with_length(headers, len(document))
     return _whole(answer.status, headers, document, exchange, account)
 
 
@@ -179,11 +182,11 @@ async def _error(answer: Answer, exchange: Exchange, headers: Headers) -> Reply:
     if not whole:
         raise MalformedAnswer("an error that is too long")
     exchange.waited()
-    return _whole(answer.status, headers, document, exchange, NoAccount())
+    return _whole(answer.status, with_length(headers, len(document)), document, exchange, NoAccount())
 
 
 def _whole(status: int, headers: Headers, document: bytes, exchange: Exchange, account: Account) -> Reply:
-    made = Reply(exchange, status, with_length(headers, len(document)), account, None)
+    made = Reply(exchange, status, headers, account, None)
     made.document = document
     return made
 
@@ -191,7 +194,7 @@ def _whole(status: int, headers: Headers, document: bytes, exchange: Exchange, a
 def refusal(status: int, document: bytes, exchange: Exchange) -> Reply:
     """Make the reply of a stream that was nothing but an error of the client's."""
     exchange.answers(status)
-    return _whole(status, [(b"content-type", _JSON)], document, exchange, NoAccount())
+    return _whole(status, with_length([(b"content-type", _JSON)], len(document)), document, exchange, NoAccount())
 
 
 def is_stream(answer: Answer) -> bool:
@@ -218,6 +221,8 @@ async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
 
 def _can_be_json(document: bytes) -> bool:
     """Say whether bytes can be a JSON object or list; what is inside is read by those who need it."""
+    if document.startswith(b"{") and document.endswith(b"}"):
+        return True
     text = document.strip()
     return (text[:1], text[-1:]) in ((b"{", b"}"), (b"[", b"]"))
 

@@ -173,7 +173,10 @@ def test_a_chat_is_not_resumed_where_an_endpoint_cannot_continue():
         assert b.requests == []
 
     async def tell() -> None:
-        async with upstream(streamed(ROLE, event(content="a"), end=False) + [Step.RESET]) as a, upstream(plain("b")) as b:
+        async with (
+            upstream(streamed(ROLE, event(content="a"), end=False) + [Step.RESET]) as a,
+            upstream(plain("b")) as b,
+        ):
             n = ModelSettings(endpoints=(endpoint(b.address, continues=False),))
             config = Config(models={"m": model(a.address), "n": n}, fallbacks={"m": ("n",)})
             async with proxying(config) as proxy:
@@ -269,9 +272,7 @@ def test_what_went_wrong_first_is_told_if_nothing_helps(stream):
         assert (answer.status_code, answer.headers["retry-after"]) == (529, "7")
         assert answer.headers["x-polyvox-attempts"] == "2"
 
-    two_models(
-        [ok(b"", b"retry-after: 7", status=b"529 Overloaded")], [ok(b"", status=b"500 Oh")], story
-    )
+    two_models([ok(b"", b"retry-after: 7", status=b"529 Overloaded")], [ok(b"", status=b"500 Oh")], story)
 
 
 def test_too_many_requests_everywhere_is_told_as_the_first_endpoint_said_it():
@@ -279,9 +280,7 @@ def test_too_many_requests_everywhere_is_told_as_the_first_endpoint_said_it():
         answer = await proxy.ask()
         assert (answer.status_code, answer.json(), answer.headers["retry-after"]) == (429, {"a": 1}, "3")
 
-    two_models(
-        [ok(b'{"a":1}', JSON, b"retry-after: 3", status=b"429 No")], [ok(b"", status=b"500 Oh")], story
-    )
+    two_models([ok(b'{"a":1}', JSON, b"retry-after: 3", status=b"429 No")], [ok(b"", status=b"500 Oh")], story)
 
 
 def test_an_endpoint_that_wants_a_rest_is_not_asked_and_its_breaker_stays_closed():
@@ -381,13 +380,18 @@ def test_an_endpoint_that_fails_is_no_longer_asked_and_again_when_it_is_back():
         fails = [ok(b"", status=b"500 Oh")]
         async with upstream(*[fails] * 6, plain("back")) as a, upstream(plain("n")) as n:
             breaker = BreakerSettings(failures=5, recovery=3600)
-            config = Config(models={"m": model(a.address, breaker=breaker), "n": model(n.address)}, fallbacks={"m": ("n",)})
+            config = Config(
+                models={"m": model(a.address, breaker=breaker), "n": model(n.address)}, fallbacks={"m": ("n",)}
+            )
             async with proxying(config) as proxy:
                 for _ in range(5):
                     assert said(await proxy.ask()) == "n"
                 assert proxy.page().value("polyvox_breakers", endpoint="m/0", state="open") == 1
                 straight = await proxy.ask()
-                assert (straight.headers["x-polyvox-attempts"], straight.headers["x-polyvox-fallback-level"]) == ("1", "1")
+                assert (straight.headers["x-polyvox-attempts"], straight.headers["x-polyvox-fallback-level"]) == (
+                    "1",
+                    "1",
+                )
                 # The sixth play fails a health check, the seventh passes one.
                 await eventually(lambda: proxy.state("m/0") == "half_open")
                 assert said(await proxy.ask()) == "back"
@@ -454,7 +458,8 @@ TOO_LONG = [ok(b'{"error":{"message":"too long"}}', JSON, status=b"400 Bad")]
 def with_models(proxy: Proxy, **changed: dict[str, Any]) -> None:
     """Change what the registry says of models."""
     models = {
-        name: msgspec.structs.replace(model, **changed.get(name, {})) for name, model in proxy.live.current.models.items()
+        name: msgspec.structs.replace(model, **changed.get(name, {}))
+        for name, model in proxy.live.current.models.items()
     }
     proxy.live.replace(msgspec.structs.replace(proxy.live.current, models=models))
 

@@ -110,7 +110,9 @@ def document(text: str) -> bytes:
     """A chat that says something, at once."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
-    return json.dumps({"id": "chatcmpl-1", "model": "m", "choices": [choice], "usage": usage}, ensure_ascii=False).encode()
+    return json.dumps(
+        {"id": "chatcmpl-1", "model": "m", "choices": [choice], "usage": usage}, ensure_ascii=False
+    ).encode()
 
 
 def text_of(stream: str) -> str:
