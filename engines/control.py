@@ -44,7 +44,7 @@ class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 async def serve_control(supervisor: Supervisor, path: Path, reports: Reports | None = None) -> None:
-    """Serve the control API on a unix socket of this user, until cancelled. reports: JSON by its name, made when asked."""
+    """Serve the control API on a unix socket of this user, until cancelled. reports: what makes the JSON of a name."""
     # The framework takes half a second to import: not in the way of the engines' start.
     app = await asyncio.to_thread(build_app, supervisor, reports or {})
     listener = _listen(path)

@@ -74,8 +74,8 @@ class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
     __slots__ = (
-        "_again", "_asked", "_at", "_breaks", "_chain", "_context", "_exchange", "_first", "_key", "_length", "_model",
-        "_must_continue", "_of", "_tried", "_waited", "_ways",
+        "_again", "_asked", "_at", "_breaks", "_chain", "_context", "_exchange", "_first", "_key", "_length",
+        "_model", "_must_continue", "_of", "_tried", "_waited", "_ways",
     )  # fmt: skip
 
     def __init__(self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange) -> None:

@@ -1,6 +1,7 @@
 """A request as a client sent it, and as one endpoint gets it. Pure."""
 
 import hashlib
+
 import msgspec
 
 from proxy import accounting, wire

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.config import BreakerSettings, Config, EndpointSettings, ModelSettings, RetrySettings, Timeouts
 from tests.fakes.one_worker import DONE, EVENTS, JSON, ROLE, Proxy, document, event, events, proxying, text_of
-from tests.fakes.scripted_upstream import Play, ScriptedUpstream, Step, chunked, eventually, ok, upstream
+from tests.fakes.scripted_upstream import Play, ScriptedUpstream, Step, eventually, ok, upstream
 from tests.serving import free_port
 
 SOON = Timeouts(connect=1.0, first_byte=0.2, between_bytes=0.2)
@@ -57,7 +57,7 @@ def model(*addresses: str, **settings: Any) -> ModelSettings:
 
 
 def two_models(first: Play | str, second: Play, story: Story, **settings: Any) -> None:
-    """Tell a story of a model `m` whose endpoint plays one thing and `n`, to which it falls back, that plays another."""
+    """Tell a story of a model `m` whose endpoint plays one thing, and `n`, its fallback, that plays another."""
 
     async def tell() -> None:
         async with AsyncExitStack() as stack:
@@ -78,32 +78,47 @@ def two_models(first: Play | str, second: Play, story: Story, **settings: Any) -
 # The wire matrix: nothing has been sent, so another endpoint answers.
 
 REFUSED = "refused"
-BEFORE_ANYTHING: dict[str, Callable[[bool], Play | str]] = {
-    "a refused connection": lambda stream: REFUSED,
-    "a reset before the first byte": lambda stream: [Step.RESET],
-    "an end before the first byte": lambda stream: [Step.CLOSE],
-    "silence": lambda stream: [Step.STALL],
-    "garbage": lambda stream: [b"\x16\x03\x01 this is not HTTP\r\n\r\n"],
-    "half a head": lambda stream: [b"HTTP/1.1 200 OK\r\ncontent-", Step.CLOSE],
-    "a status 500": lambda stream: [ok(b"boom", status=b"500 Oh")],
-    "a status 503": lambda stream: [ok(b"boom", status=b"503 Busy")],
-    "a status 429": lambda stream: [ok(b'{"error":{}}', JSON, b"retry-after: 5", status=b"429 Slow")],
-    "a key that is not taken": lambda stream: [ok(b"no", status=b"401 No")],
-    "a redirect": lambda stream: [ok(b"", b"location: http://x/", status=b"302 There")],
-    "a head and silence": lambda stream: [HEAD if stream else b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n", Step.STALL],
-    "a head and a reset": lambda stream: [HEAD if stream else b"HTTP/1.1 200 OK\r\n" + JSON + b"\r\ncontent-length: 9\r\n\r\n", Step.RESET],
-    "half of the first chunk": lambda stream: [HEAD, b"ff\r\ndata: {\"choices\"", Step.RESET],
-    "half of a document": lambda stream: streamed(ROLE[:20], end=False) + [Step.CLOSE] if stream else [ok(document("x"), JSON)[:-9], Step.CLOSE],
-    "an end without anything": lambda stream: streamed() if stream else [ok(b"", JSON)],
-    "a document that is none": lambda stream: streamed(b"data: \x00\xff\n\n") if stream else [ok(b"<html>no</html>", JSON)],
-    "an error event at first": lambda stream: streamed(b'data: {"error":{"message":"boom","code":500}}\n\n', DONE) if stream else [ok(b"x", status=b"500 Oh")],
-}  # fmt: skip
+LENGTH = b"HTTP/1.1 200 OK\r\n" + JSON + b"\r\ncontent-length: 9\r\n\r\n"
+BOOM = b'data: {"error":{"message":"boom","code":500}}\n\n'
+FAULTS: dict[str, Play | str] = {
+    "a refused connection": REFUSED,
+    "a reset before the first byte": [Step.RESET],
+    "an end before the first byte": [Step.CLOSE],
+    "silence": [Step.STALL],
+    "garbage": [b"\x16\x03\x01 this is not HTTP\r\n\r\n"],
+    "half a head": [b"HTTP/1.1 200 OK\r\ncontent-", Step.CLOSE],
+    "a status 500": [ok(b"boom", status=b"500 Oh")],
+    "a status 503": [ok(b"boom", status=b"503 Busy")],
+    "a status 429": [ok(b'{"error":{}}', JSON, b"retry-after: 5", status=b"429 Slow")],
+    "a key that is not taken": [ok(b"no", status=b"401 No")],
+    "a redirect": [ok(b"", b"location: http://x/", status=b"302 There")],
+    "half of the first chunk": [HEAD, b'ff\r\ndata: {"choices"', Step.RESET],
+}
+OF_STREAMS: dict[str, Play] = {
+    "a head and silence": [HEAD, Step.STALL],
+    "a head and a reset": [HEAD, Step.RESET],
+    "half of the answer": [*streamed(ROLE[:20], end=False), Step.CLOSE],
+    "an end without anything": streamed(),
+    "an answer that is none": streamed(b"data: \x00\xff\n\n"),
+    "an error inside a 200": streamed(BOOM, DONE),
+}
+OF_DOCUMENTS: dict[str, Play] = {
+    "a head and silence": [LENGTH, Step.STALL],
+    "a head and a reset": [LENGTH, Step.RESET],
+    "half of the answer": [ok(document("x"), JSON)[:-9], Step.CLOSE],
+    "an end without anything": [ok(b"", JSON)],
+    "an answer that is none": [ok(b"<html>no</html>", JSON)],
+    "silence without saying what comes": [b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n", Step.STALL],
+}
+BEFORE_ANYTHING = [
+    pytest.param(play, stream, id=f"{name}-{'stream' if stream else 'plain'}")
+    for stream, faults in ((True, FAULTS | OF_STREAMS), (False, FAULTS | OF_DOCUMENTS))
+    for name, play in faults.items()
+]
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("fault", BEFORE_ANYTHING)
-def test_before_anything_was_sent_another_endpoint_answers(fault, stream):
-    play = BEFORE_ANYTHING[fault](stream)
+@pytest.mark.parametrize(("play", "stream"), BEFORE_ANYTHING)
+def test_before_anything_was_sent_another_endpoint_answers(play, stream):
     first = f"http://127.0.0.1:{free_port()}" if play is REFUSED else play
 
     async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
@@ -174,7 +189,7 @@ def test_a_chat_is_not_resumed_where_an_endpoint_cannot_continue():
 
     async def tell() -> None:
         async with (
-            upstream(streamed(ROLE, event(content="a"), end=False) + [Step.RESET]) as a,
+            upstream([*streamed(ROLE, event(content="a"), end=False), Step.RESET]) as a,
             upstream(plain("b")) as b,
         ):
             n = ModelSettings(endpoints=(endpoint(b.address, continues=False),))
@@ -295,7 +310,8 @@ def test_an_endpoint_that_wants_a_rest_is_not_asked_and_its_breaker_stays_closed
 
 def test_a_rest_that_only_one_endpoint_could_break_is_told_at_once():
     async def tell() -> None:
-        async with upstream([ok(b"{}", JSON, b"retry-after: 30", status=b"429 Slow")]) as a:
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(upstream([ok(b"{}", JSON, b"retry-after: 30", status=b"429 Slow")]))
             async with proxying(Config(models={"m": model(a.address)})) as proxy:
                 assert [(await proxy.ask()).status_code for _ in range(2)] == [429, 429]
                 told = await proxy.ask()
@@ -308,11 +324,13 @@ def test_a_rest_that_only_one_endpoint_could_break_is_told_at_once():
 
 def test_the_same_endpoint_is_asked_once_more_where_the_trouble_may_pass():
     async def tell() -> None:
-        async with upstream([Step.RESET], plain("second")) as a:
-            async with proxying(Config(models={"m": model(a.address)})) as proxy:
-                answer = await proxy.ask()
-                assert said(answer) == "second"
-                assert answer.headers["x-polyvox-attempts"] == "2"
+        async with (
+            upstream([Step.RESET], plain("second")) as a,
+            proxying(Config(models={"m": model(a.address)})) as proxy,
+        ):
+            answer = await proxy.ask()
+            assert said(answer) == "second"
+            assert answer.headers["x-polyvox-attempts"] == "2"
 
     run(tell())
 
@@ -325,7 +343,8 @@ def test_further_attempts_are_a_share_of_the_traffic():
 
     two_models(
         [ok(b"", status=b"500 Oh")], plain("b"), story,
-        retries=RetrySettings(share=0.25, per_second=0), breaker=BreakerSettings(failures=99, error_rate=1.0, minimum=99),
+        retries=RetrySettings(share=0.25, per_second=0),
+        breaker=BreakerSettings(failures=99, error_rate=1.0, minimum=99),
     )  # fmt: skip
 
 
@@ -406,7 +425,8 @@ def test_an_endpoint_that_fails_is_no_longer_asked_and_again_when_it_is_back():
 
 def test_an_endpoint_alone_that_fails_is_said_to_be_unavailable_with_when_to_come_back():
     async def tell() -> None:
-        async with upstream([ok(b"", status=b"500 Oh")]) as a:
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(upstream([ok(b"", status=b"500 Oh")]))
             async with proxying(Config(models={"m": model(a.address, breaker=BreakerSettings(failures=2))})) as proxy:
                 assert [(await proxy.ask()).status_code for _ in range(2)] == [500, 500]
                 told = await proxy.ask()
@@ -437,15 +457,14 @@ def test_clients_that_go_away_open_no_breaker_and_end_what_they_asked_for(stream
 
 def test_a_client_that_goes_away_while_we_wait_to_try_again_leaves_nothing():
     async def tell() -> None:
-        async with upstream([Step.RESET]) as a:
-            async with proxying(Config(models={"m": model(a.address)})) as proxy:
-                asking = asyncio.create_task(proxy.ask())
-                await eventually(lambda: proxy.page().value("polyvox_attempt_failures_total") == 1)
-                asking.cancel()
-                await asyncio.gather(asking, return_exceptions=True)
-                await eventually(lambda: proxy.page().value("polyvox_requests_total") == 1)
-                assert len(a.requests) == 1
-                assert proxy.page().value("polyvox_request_success_total", finished_reason="abort") == 1
+        async with upstream([Step.RESET]) as a, proxying(Config(models={"m": model(a.address)})) as proxy:
+            asking = asyncio.create_task(proxy.ask())
+            await eventually(lambda: proxy.page().value("polyvox_attempt_failures_total") == 1)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            await eventually(lambda: proxy.page().value("polyvox_requests_total") == 1)
+            assert len(a.requests) == 1
+            assert proxy.page().value("polyvox_request_success_total", finished_reason="abort") == 1
 
     run(tell())
 
@@ -525,7 +544,8 @@ def test_an_engine_that_starts_is_waited_for_where_nothing_else_answers():
 
 def test_an_engine_that_was_started_again_has_no_past():
     async def tell() -> None:
-        async with upstream([ok(b"", status=b"500 Oh")], plain("fresh")) as a:
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(upstream([ok(b"", status=b"500 Oh")], plain("fresh")))
             async with proxying(Config(models={"m": model(a.address, breaker=BreakerSettings(failures=1))})) as proxy:
                 assert [(await proxy.ask()).status_code for _ in range(2)] == [500, 503]
                 again = [msgspec.structs.replace(e, since=5.0) for e in proxy.live.current.models["m"].endpoints]

@@ -69,8 +69,8 @@ async def proxying(config: Config) -> AsyncIterator[Proxy]:
     """Serve a configuration on a free port of the loopback."""
     proxy = Proxy(config)
     settings = uvicorn.Config(
-        proxy.app, interface="asgi3", port=0, http=inbound.protocol(config.server), ws="none", lifespan="off", log_level="error",
-        access_log=False, proxy_headers=False, timeout_graceful_shutdown=1,
+        proxy.app, interface="asgi3", port=0, http=inbound.protocol(config.server), ws="none", lifespan="off",
+        log_level="error", access_log=False, proxy_headers=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = _Server(settings)
     serving = asyncio.create_task(server.serve())
