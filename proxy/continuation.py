@@ -82,11 +82,7 @@ class Continuation:
                 return None
         elif path != CHAT:
             return None
-        if any(bytes(fields[name]) not in _HARMLESS[name] for name in fields if name in _HARMLESS):
-            return None
-        if "response_format" in fields and not _FORMAT_OF_TEXT(bytes(fields["response_format"])):
-            return None
-        return cls(path, fields)
+        return cls(path, fields) if _is_harmless(fields) else None
 
     def note(self, data: bytes) -> None:
         """Take whole events that the client is sent. They are read when there are many of them, or at a break."""
@@ -204,6 +200,13 @@ class Continuation:
     def _chunk(self, told: Transcript, choices: list[dict[str, object]], **more: object) -> bytes:
         kind = "text_completion" if self._path == COMPLETIONS else "chat.completion.chunk"
         return b"data: %b\n\n" % _encode({"object": kind, **told.identity, "choices": choices, **more})
+
+
+def _is_harmless(fields: Fields) -> bool:
+    for name in fields:
+        if name in _HARMLESS and bytes(fields[name]) not in _HARMLESS[name]:
+            return False
+    return "response_format" not in fields or bool(_FORMAT_OF_TEXT(bytes(fields["response_format"])))
 
 
 def _raw(value: object) -> msgspec.Raw:
