@@ -1,12 +1,12 @@
 """How a stream that broke is gone on with by another engine. Pure.
 
-The text so far becomes a partial message of the assistant, which vLLM continues (`continue_final_message`), as Anthropic
-does; of /v1/completions, the end of the prompt. Continued exactly, that is the text that the first engine would have
-given, at temperature 0, where the tokens of the text alone are those that the model had chosen. What an engine cannot be
-told of is how the text was sampled: `frequency_penalty` and `presence_penalty` start anew, so does `seed`.
+The text so far becomes a partial message of the assistant, which vLLM continues (`continue_final_message`), and so does
+Anthropic; of /v1/completions, the end of the prompt. At temperature 0 that gives the text that the first engine would
+have given, if the text is cut into tokens as the model had chosen them. What no engine can be told of is how the text
+was sampled: `frequency_penalty` and `presence_penalty` start anew, and so does `seed`.
 
-White space: transformers cuts a partial message where its end is in the rendered chat, and takes the white space before
-it away where the template trims (5.x, `render_jinja_template`); Anthropic refuses messages that end in white space. So
+White space: transformers (5.x, `render_jinja_template`) cuts the rendered chat where a partial message ends, and takes
+away the white space before that where the template trims; Anthropic refuses messages that end in white space. So
 a partial message never ends in any: what was there is left out, said by the next engine once more, and left out of what
 that says. A prompt is no message and is continued as it is.
 

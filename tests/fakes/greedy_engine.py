@@ -21,7 +21,10 @@ def encode(body: dict[str, object]) -> bytes:
 
 
 class GreedyEngine(msgspec.Struct, frozen=True):
-    """tokens: the whole answer. together: how many go into one event. ends_apart: the reason has an event of its own."""
+    """tokens: the whole answer. together: how many of them go into one event.
+
+    ends_apart: "length", too, has an event of its own, as "stop" has.
+    """
 
     path: str
     tokens: tuple[str, ...]
