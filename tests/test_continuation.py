@@ -300,6 +300,11 @@ def test_what_an_engine_takes_for_reasoning_in_the_middle_of_the_answer_is_answe
     assert (got.text, got.roles) == (" c", 0)
 
 
+@pytest.mark.parametrize("body", [b"{", b"[]", b"{}", b'{"messages": 5}', b'{"messages": [], "max_tokens": "many"}'])
+def test_a_body_that_is_not_understood_is_not_sent_on(body):
+    assert broken().resume(body) is None
+
+
 # White space
 
 
