@@ -151,7 +151,8 @@ class Transcript:
 
     def _add(self, chunk: _Chunk) -> None:
         if chunk.id and not self.identity:
-            self.identity = {"id": chunk.id, "created": chunk.created or 0, "model": chunk.model or ""}
+            told = {"id": chunk.id, "created": chunk.created, "model": chunk.model}
+            self.identity = {name: value for name, value in told.items() if value}
         if chunk.system_fingerprint:
             self.identity.setdefault("system_fingerprint", chunk.system_fingerprint)
         for choice in chunk.choices:

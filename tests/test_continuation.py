@@ -369,6 +369,11 @@ def test_an_answer_that_is_not_whole_is_not_finished():
 # The second stream
 
 
+def test_what_the_first_stream_did_not_say_of_itself_is_as_the_second_says_it():
+    continuation = broken(events=[b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'])
+    assert told(continuation.splice().feed(chunk(content="b").replace(b'"x"', b'"y"'))).ids == {("x", 1, "m")}
+
+
 def test_what_is_no_chunk_passes_as_it_is():
     splice = broken().splice()
     for event in (b'data: {"error":{"message":"x"}}\n\n', b": ping\n\n", b"data: [DONE]\n\n", b"data: {\n\n"):
