@@ -203,11 +203,39 @@ class StreamAccount:
         return f"<StreamAccount {self.tally!r} {self._events!r}>"
 
     def feed(self, data: bytes) -> bytes:
-        if self._events.rest or self._kept or not data.endswith(b"\n\n") or _tells(data):
-            data = self._pass_all(self._events.feed(data))
-        if not self.begun and data and self._first_token in data:
+        passing = self._take(data)
+        if not self.begun and passing and self._first_token in passing:
             self.begun = True
-        return data
+        return passing
+
+    def _take(self, data: bytes) -> bytes:
+        passing = b""
+        if self._events.rest or self._kept:
+            end = data.find(b"\n\n") + 2
+            passing, data = (self._each(data[:end]), data[end:]) if end > 1 else (b"", data)
+            if self._events.rest or self._kept:
+                return self._each(data, passing)
+        end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
+        if end == len(data) and not _tells(data):
+            return passing + data if passing else data
+        return self._each(data[end:], self._from_first_that_tells(data[:end], passing))
+
+    def _from_first_that_tells(self, data: bytes, passing: bytes) -> bytes:
+        """Pass whole events, and look into them from the first that may tell something."""
+        found = [at for mark in _MARKS if (at := data.find(mark)) >= 0]
+        start = data.rfind(b"\n\n", 0, min(found)) + 2 if found else len(data)
+        return self._each(data[start:], passing + data[:start]) if start > 1 else self._each(data, passing)
+
+    def _each(self, data: bytes, before: bytes = b"") -> bytes:
+        """Read each event, and return what passes on behind what came before."""
+        passing = [before]
+        for event in self._events.feed(data):
+            try:
+                passing.append(self._pass(event))
+            except ErrorEvent as error:
+                error.before = b"".join(passing)
+                raise
+        return b"".join(passing)
 
     def end(self) -> bytes:
         rest, self._events.rest = self._events.rest, b""
@@ -216,16 +244,6 @@ class StreamAccount:
     def broken(self) -> bytes:
         self._events.rest = b""
         return self._release()
-
-    def _pass_all(self, events: list[bytes]) -> bytes:
-        passing: list[bytes] = []
-        for event in events:
-            try:
-                passing.append(self._pass(event))
-            except ErrorEvent as error:
-                error.before = b"".join(passing)
-                raise
-        return b"".join(passing)
 
     def _pass(self, event: bytes) -> bytes:
         """Read an event, and return what passes on of all that came."""
@@ -253,6 +271,9 @@ class StreamAccount:
 _NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null').search
 
 
+_MARKS = _USAGE, _FINISH, _FINISH_SPACED, _ERROR = b'"usage"', b'finish_reason":"', b'finish_reason": "', b'"error"'
+
+
 def _tells(data: bytes) -> bool:
     """Say whether bytes can tell of usage, an end or an error.
 
@@ -260,12 +281,7 @@ def _tells(data: bytes) -> bool:
     time, for want of a start that is rare.
     """
     rfind = data.rfind
-    return (
-        rfind(b'"usage"') >= 0
-        or rfind(b'finish_reason":"') >= 0
-        or rfind(b'finish_reason": "') >= 0
-        or rfind(b'"error"') >= 0
-    )
+    return rfind(_USAGE) >= 0 or rfind(_FINISH) >= 0 or rfind(_FINISH_SPACED) >= 0 or rfind(_ERROR) >= 0
 
 
 def _read_event(event: bytes) -> _Part | None:

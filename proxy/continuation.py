@@ -1,12 +1,12 @@
 """How a stream that broke is gone on with by another engine. Pure.
 
-The text so far becomes a partial message of the assistant, which vLLM continues (`continue_final_message`), as Anthropic
-does; of /v1/completions, the end of the prompt. Continued exactly, that is the text that the first engine would have
-given, at temperature 0, where the tokens of the text alone are those that the model had chosen. What an engine cannot be
-told of is how the text was sampled: `frequency_penalty` and `presence_penalty` start anew, so does `seed`.
+The text so far becomes a partial message of the assistant, which vLLM continues (`continue_final_message`), and so does
+Anthropic; of /v1/completions, the end of the prompt. At temperature 0 that gives the text that the first engine would
+have given, if the text is cut into tokens as the model had chosen them. What no engine can be told of is how the text
+was sampled: `frequency_penalty` and `presence_penalty` start anew, and so does `seed`.
 
-White space: transformers cuts a partial message where its end is in the rendered chat, and takes the white space before
-it away where the template trims (5.x, `render_jinja_template`); Anthropic refuses messages that end in white space. So
+White space: transformers (5.x, `render_jinja_template`) cuts the rendered chat where a partial message ends, and takes
+away the white space before that where the template trims; Anthropic refuses messages that end in white space. So
 a partial message never ends in any: what was there is left out, said by the next engine once more, and left out of what
 that says. A prompt is no message and is continued as it is.
 
@@ -39,15 +39,16 @@ _HARMLESS: Mapping[str, tuple[bytes, ...]] = {
 _FORMAT_OF_TEXT = re.compile(rb'null|\{\s*"type"\s*:\s*"text"\s*\}').fullmatch
 _BEGINS_WITH_TEXT = re.compile(rb'\s*\[?\s*"').match
 _DEFAULT_OF_COMPLETIONS = 16  # max_tokens where a request has none, of OpenAI and of vLLM
+_LEAST = {"max_tokens": 1, "max_completion_tokens": 1, "min_tokens": 0}  # the least of them that a request may have
 
 _PENDING = 16 * 1024  # bytes of events that are kept as they came
 _DONE = b"data: [DONE]\n\n"
+_NULL = msgspec.Raw(b"null")
 _encode = msgspec.json.encode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_prompt = msgspec.json.Decoder(str | tuple[str]).decode
 _decode_count = msgspec.json.Decoder(int | None).decode
-_decode_message = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_content = msgspec.json.Decoder(str | list[dict[str, msgspec.Raw]] | None).decode
 _decode_text = msgspec.json.Decoder(str).decode
 
@@ -82,11 +83,7 @@ class Continuation:
                 return None
         elif path != CHAT:
             return None
-        if any(bytes(fields[name]) not in _HARMLESS[name] for name in fields if name in _HARMLESS):
-            return None
-        if "response_format" in fields and not _FORMAT_OF_TEXT(bytes(fields["response_format"])):
-            return None
-        return cls(path, fields)
+        return cls(path, fields) if _is_harmless(fields) else None
 
     def note(self, data: bytes) -> None:
         """Take whole events that the client is sent. They are read when there are many of them, or at a break."""
@@ -172,26 +169,24 @@ class Continuation:
     # The next request
 
     def _extended(self, body: bytes, said: str, told: Transcript) -> bytes:
+        """Return the request for the rest. Raises DecodeError where it cannot be put into words."""
         fields = _decode_object(body)
-        kept = self._kept_tokens(told, said)
-        least = {"max_tokens": 1, "max_completion_tokens": 1, "min_tokens": 0}
         if self._path == COMPLETIONS:
             fields.setdefault("max_tokens", _raw(_DEFAULT_OF_COMPLETIONS))
-        for name in least.keys() & fields.keys():
-            if (count := _count(fields, name)) is not None:
-                fields[name] = _raw(max(count - kept, least[name]))
-        if self._path == COMPLETIONS:
-            fields["prompt"] = _raw(_prompt(fields["prompt"]) + said)
+            fields["prompt"] = _raw(_prompt(fields.get("prompt", _NULL)) + said)
         else:
             thoughts = {told.thoughts_name: told.thoughts} if told.thoughts else {}
             fields["messages"] = _raw(_with_partial_message(fields, said, thoughts))
             fields["continue_final_message"], fields["add_generation_prompt"] = _raw(True), _raw(False)
+        for name in _LEAST.keys() & fields.keys():
+            if (count := _count(fields, name)) is not None:
+                fields[name] = _raw(max(count - self._kept_tokens(told, said), _LEAST[name]))
         return _encode(fields)
 
     # The end of the stream
 
     def _last_choice(self) -> dict[str, object]:
-        content = {"text": ""} if self._path == COMPLETIONS else {"delta": {}}
+        content: dict[str, object] = {"text": ""} if self._path == COMPLETIONS else {"delta": {}}
         return {"index": 0, **content, "logprobs": None, "finish_reason": "length"}
 
     def _usage(self, told: Transcript) -> bytes:
@@ -204,6 +199,13 @@ class Continuation:
     def _chunk(self, told: Transcript, choices: list[dict[str, object]], **more: object) -> bytes:
         kind = "text_completion" if self._path == COMPLETIONS else "chat.completion.chunk"
         return b"data: %b\n\n" % _encode({"object": kind, **told.identity, "choices": choices, **more})
+
+
+def _is_harmless(fields: Fields) -> bool:
+    for name in fields:
+        if name in _HARMLESS and bytes(fields[name]) not in _HARMLESS[name]:
+            return False
+    return "response_format" not in fields or bool(_FORMAT_OF_TEXT(bytes(fields["response_format"])))
 
 
 def _raw(value: object) -> msgspec.Raw:
@@ -221,17 +223,17 @@ def _prompt(raw: msgspec.Raw) -> str:
 
 def _with_partial_message(fields: Fields, said: str, thoughts: Mapping[str, str]) -> list[object]:
     """Return the messages with one more, or, where the client had the last one continued, with that one longer."""
-    messages: list[object] = list(_decode_list(fields["messages"]))
+    messages = _decode_list(fields.get("messages", _NULL))
     if messages and bytes(fields.get("continue_final_message", b"")) == b"true":
-        return [*messages[:-1], _lengthened(_decode_message(messages[-1]), said)]
+        return [*messages[:-1], _lengthened(_decode_object(messages[-1]), said)]
     return [*messages, {"role": "assistant", **thoughts, "content": said}]
 
 
 def _lengthened(message: dict[str, msgspec.Raw], said: str) -> dict[str, msgspec.Raw]:
     """Append to the text of a message, or to its last part. Raises ValidationError if that is no text."""
-    content = _decode_content(message.get("content", b"null"))
+    content = _decode_content(message.get("content", _NULL))
     if isinstance(content, list):
         *others, last = content or [{}]
-        last = {**last, "text": _raw(_decode_text(last.get("text", b"null")) + said)}
+        last = {**last, "text": _raw(_decode_text(last.get("text", _NULL)) + said)}
         return {**message, "content": _raw([*others, last])}
     return {**message, "content": _raw((content or "") + said)}

@@ -1,13 +1,13 @@
 """Bytes out: the answer of an endpoint on its way to the client."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 
-from proxy import sse, wire
+from proxy import wire
 from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount
 from proxy.continuation import Continuation
 from proxy.errors import ErrorEvent, FirstTokenTimeout, MalformedAnswer, TruncatedAnswer, UpstreamError
 from proxy.relay import Exchange
+from proxy.renaming import EventRenamer
 from proxy.splice import Splice
 from proxy.telemetry import FIRST_TOKEN
 from proxy.transport import Answer
@@ -152,7 +152,7 @@ def _stream(answer: Answer, exchange: Exchange, headers: Headers, rename: str | 
     )
     made = Reply(exchange, answer.status, headers, account, answer)
     if rename is not None:
-        made.change = partial(sse.map_data, change=partial(_rename, name=rename))
+        made.change = EventRenamer(rename)
     return made
 
 
@@ -239,7 +239,3 @@ def with_length(headers: Headers, length: int) -> Headers:
     """Return headers with the Content-Length of another body."""
     others = [(name, value) for name, value in headers if name != b"content-length"]
     return [*others, (b"content-length", b"%d" % length)]
-
-
-def _rename(document: bytes, name: str) -> bytes:
-    return wire.set_model(document, name)

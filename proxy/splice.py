@@ -1,7 +1,6 @@
 """A second stream, made to look like the rest of the first. Pure."""
 
 from collections.abc import Mapping
-from os.path import commonprefix
 
 import msgspec
 
@@ -110,7 +109,7 @@ class Splice:
 
     def _without_owed(self, text: str) -> str:
         """Leave out what is owed as far as the text begins with it; from where they differ on, all passes."""
-        same = len(commonprefix((self._owed, text)))
+        same = _common_length(self._owed, text)
         self._owed = self._owed[same:] if same == len(text) else ""
         return text[same:]
 
@@ -127,6 +126,12 @@ class Splice:
         if bytes(usage.get("prompt_tokens_details", _NULL)) != b"null":
             usage["prompt_tokens_details"] = _at_most(usage["prompt_tokens_details"], first)
         return usage
+
+
+def _common_length(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _as_answer(delta: Object) -> Object:

@@ -1,7 +1,6 @@
 """What a stream of /v1/chat/completions or /v1/completions has told its client. Pure."""
 
 import re
-from collections.abc import Iterator
 
 import msgspec
 
@@ -121,24 +120,39 @@ class Transcript:
 
     def add(self, data: bytes) -> None:
         """Take in whole events."""
-        first = 0 if self.begun else data.find(b"\n\n") + 2  # with the role; the others are alike
+        first = 0 if self.begun else _end_of_first(data)  # it may have the role, and has the identity
+        kept = len(self._pieces), len(self._thoughts)
         try:
-            for events in filter(None, (data[:first], data[first:])):
-                self._add_events(events)
+            self._add_each(data[:first])
+            self._add_alike(data[first:])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._stop("an event that is not understood")
+        self._pieces[kept[0] :] = ["".join(self._pieces[kept[0] :])]
+        self._thoughts[kept[1] :] = ["".join(self._thoughts[kept[1] :])]
 
-    def _add_events(self, events: bytes) -> None:
-        if texts := _texts(events):
+    def _add_alike(self, data: bytes) -> None:
+        if texts := _texts(data):
             self._answer(texts)
-            return
-        for chunk in _chunks(events):
-            self._add(chunk)
-        self.done = self.done or events.rstrip().endswith(b"[DONE]")
+        else:
+            self._add_each(data)
+
+    def _add_each(self, data: bytes) -> None:
+        events = sse.Events()
+        for event in events.feed(data):
+            self._add_event(sse.data_of(event))
+        if events.rest:
+            self._stop("half an event")
+
+    def _add_event(self, data: bytes) -> None:
+        if data.startswith(b"{"):
+            self._add(_decode(data))
+        elif data == b"[DONE]":
+            self.done = True
 
     def _add(self, chunk: _Chunk) -> None:
         if chunk.id and not self.identity:
-            self.identity = {"id": chunk.id, "created": chunk.created or 0, "model": chunk.model or ""}
+            told = {"id": chunk.id, "created": chunk.created, "model": chunk.model}
+            self.identity = {name: value for name, value in told.items() if value}
         if chunk.system_fingerprint:
             self.identity.setdefault("system_fingerprint", chunk.system_fingerprint)
         for choice in chunk.choices:
@@ -185,12 +199,9 @@ class Transcript:
         self._pieces, self._thoughts = [], []
 
 
-def _chunks(events: bytes) -> Iterator[_Chunk]:
-    """Decode whole events. Raises as msgspec does."""
-    for event in sse.Events().feed(events):
-        data = sse.data_of(event)
-        if data.startswith(b"{"):
-            yield _decode(data)
+def _end_of_first(events: bytes) -> int:
+    at = events.find(b"\n\n")
+    return at + 2 if at >= 0 else 0
 
 
 _SHAPE = re.compile(rb'(data: \{[^\n]*?"(?:content|text)": ?")(?:[^"\\\n]|\\.)+("[^\n]*\})\n\n').match
