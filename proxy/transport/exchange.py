@@ -79,12 +79,14 @@ class Exchange:
 
     def begin(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Take the head; MalformedAnswer if it is none."""
-        self.status, self.headers = _checked(headers)
-        self.wake()
+        status, kept = _checked(headers)
+        if self.error is None:
+            self.status, self.headers = status, kept
+            self.wake()
 
     def receive(self, data: bytes, held: int) -> None:
         """Take bytes of the body, and the credit that they hold, which padding adds to."""
-        if data:
+        if data and self.error is None:
             self._chunks.append(data)
         self._held += held
         self.wake()
