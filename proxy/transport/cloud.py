@@ -26,14 +26,13 @@ from proxy.errors import (
     UpstreamError,
 )
 from proxy.transport import Body, Headers, Timeouts, check_head, check_target, forwardable
-from proxy.transport.dialing import Pool
+from proxy.transport.dialing import CloudLimits, Pool
 from proxy.transport.environment import proxy_for
 
 _ENDED = re.compile("disconnected|closed", re.IGNORECASE).search
 _IDENTITY = (b"accept-encoding", b"identity")
 _CHUNKED = (b"transfer-encoding", b"chunked")
 _SAFE = "".join(map(chr, range(0x21, 0x7F)))
-_IDLE_TIMEOUT = 30.0  # seconds; what clouds close sooner is replaced
 _PORTS = {"http": 80, "https": 443}
 _FOREIGN = (
     httpcore2.TimeoutException,
@@ -95,10 +94,11 @@ class CloudAnswer:
 class CloudTransport:
     """proxy.transport.Transport to one origin, `https://host[:port]` or `http://host[:port]`.
 
-    Over TLS it speaks HTTP/2 where the endpoint does, unless `http2` is false.
+    Over TLS it speaks HTTP/2 where the endpoint does, unless `limits` say otherwise. ValueError for an address, or a proxy
+    in the environment, that is none.
     """
 
-    def __init__(self, address: str, *, http2: bool = True, max_connections: int = 1000) -> None:
+    def __init__(self, address: str, limits: CloudLimits | None = None) -> None:
         # Mutable state: the pool; the closings that abort() has begun.
         self.address = address
         base = httpx2.URL(address)
@@ -108,7 +108,7 @@ class CloudTransport:
         self._base = base
         origin = httpcore2.Origin(base.raw_scheme, base.raw_host, port)
         proxy = proxy_for(base.scheme, base.host, port)
-        self._pool = Pool(origin, proxy, http2=http2, idle_timeout=_IDLE_TIMEOUT, max_connections=max_connections)
+        self._pool = Pool(origin, proxy, limits or CloudLimits())
         self._closings: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -182,7 +182,7 @@ def _error(error: Exception, late: type[UpstreamError]) -> UpstreamError:
         case httpcore2.TimeoutException():
             return late()
         case httpcore2.ConnectError():
-            return ConnectFailed(type(error.__cause__ or error).__name__)
+            return ConnectFailed(_what(error))
         case httpcore2.ProxyError() | httpcore2.UnsupportedProtocol():
             return ConnectFailed(type(error).__name__)
         case httpcore2.LocalProtocolError():
@@ -191,3 +191,9 @@ def _error(error: Exception, late: type[UpstreamError]) -> UpstreamError:
             return MalformedAnswer("it does not follow its protocol")
         case _:
             return TruncatedAnswer()
+
+
+def _what(error: Exception) -> str:
+    """Name the error under this one: its text could hold an address."""
+    under = next((arg for arg in error.args if isinstance(arg, Exception)), error)
+    return type(under).__name__

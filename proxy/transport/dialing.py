@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import httpcore2
 import httpx2
+import msgspec
 
 from proxy.transport.http2 import Http2Connection, may_send_again
 from proxy.transport.strict import StrictHttp11
@@ -15,21 +16,33 @@ _BROKEN = (httpcore2.RemoteProtocolError, httpcore2.NetworkError)
 _NO_TIMEOUTS: Mapping[str, object] = {"timeout": {}}
 
 
+class CloudLimits(msgspec.Struct, frozen=True):
+    """Of the connections to one origin. Times are in seconds.
+
+    idle_timeout: after which an unused connection is closed rather than used. ping_after: the silence after which
+    an HTTP/2 connection with requests on it is asked for a sign of life; it ends when none comes for as long again.
+    """
+
+    http2: bool = True
+    max_connections: int = 1000
+    max_idle: int = 100
+    idle_timeout: float = 30.0
+    ping_after: float = 15.0
+
+
 class Dialer:
     """Dials one origin, and remembers whether it speaks HTTP/2."""
 
-    def __init__(
-        self, origin: httpcore2.Origin, proxy: httpcore2.Proxy | None, *, http2: bool, idle_timeout: float
-    ) -> None:
+    def __init__(self, origin: httpcore2.Origin, proxy: httpcore2.Proxy | None, limits: CloudLimits) -> None:
         # Mutable state: whether a new connection may turn out to serve many requests at once.
         self._origin = origin
         self._proxy = proxy
-        self._idle_timeout = idle_timeout
+        self._limits = limits
         self._secure = origin.scheme == b"https"
         self._tls = httpx2.create_ssl_context() if self._secure else None
         if self._tls is not None:
-            self._tls.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
-        self.may_multiplex = self._secure and http2
+            self._tls.set_alpn_protocols(["h2", "http/1.1"] if limits.http2 else ["http/1.1"])
+        self.may_multiplex = self._secure and limits.http2
 
     def __repr__(self) -> str:
         return f"<Dialer {self._origin}{' through a proxy' if self._proxy else ''}>"
@@ -43,8 +56,9 @@ class Dialer:
             raise httpcore2.ConnectTimeout from error
         agreed = network.get_extra_info("ssl_object").selected_alpn_protocol() if self._secure else None
         self.may_multiplex = agreed == "h2"
-        connection = Http2Connection if self.may_multiplex else StrictHttp11
-        return connection(self._origin, network, self._idle_timeout)
+        if self.may_multiplex:
+            return Http2Connection(self._origin, network, self._limits.idle_timeout, self._limits.ping_after)
+        return StrictHttp11(self._origin, network, self._limits.idle_timeout)
 
     async def _network(self) -> httpcore2.AsyncNetworkStream:
         network = await (self._tunnel(self._proxy) if self._proxy else self._tcp())
@@ -152,24 +166,16 @@ class CloudConnection(httpcore2.AsyncConnectionInterface):
 class Pool(httpcore2.AsyncConnectionPool):
     """httpcore2's pool, filled with our connections."""
 
-    def __init__(
-        self,
-        origin: httpcore2.Origin,
-        proxy: httpcore2.Proxy | None,
-        *,
-        http2: bool,
-        idle_timeout: float,
-        max_connections: int,
-    ) -> None:
+    def __init__(self, origin: httpcore2.Origin, proxy: httpcore2.Proxy | None, limits: CloudLimits) -> None:
         # httpcore2's forwarding of plain http through a proxy is good enough: no endpoint of ours needs it.
         self._forwarded = proxy is not None and origin.scheme == b"http"
         super().__init__(
             proxy=proxy if self._forwarded else None,
-            max_connections=max_connections,
-            max_keepalive_connections=100,
-            keepalive_expiry=idle_timeout,
+            max_connections=limits.max_connections,
+            max_keepalive_connections=limits.max_idle,
+            keepalive_expiry=limits.idle_timeout,
         )
-        self._dialer = Dialer(origin, proxy, http2=http2, idle_timeout=idle_timeout)
+        self._dialer = Dialer(origin, proxy, limits)
 
     def create_connection(self, origin: httpcore2.Origin) -> httpcore2.AsyncConnectionInterface:
         return super().create_connection(origin) if self._forwarded else CloudConnection(origin, self._dialer)

@@ -33,7 +33,6 @@ _CONNECTION_WINDOW = MAX_STREAMS * STREAM_WINDOW
 _DEFAULT_WINDOW = 65_535
 _READ_SIZE = 64 * 1024
 _HEADERS_LIMIT = 64 * 1024
-_PING_AFTER = 15.0  # seconds of silence; the answer may take as long again
 _PING = b"polyvox."
 _NOT_SENT = frozenset((b"host", b"transfer-encoding"))
 _CODES = h2.settings.SettingCodes
@@ -47,7 +46,7 @@ class Http2Connection(httpcore2.AsyncConnectionInterface):
         origin: httpcore2.Origin,
         network: httpcore2.AsyncNetworkStream,
         idle_timeout: float,
-        ping_after: float = _PING_AFTER,
+        ping_after: float,
     ) -> None:
         # Mutable state: h2's, and the frame being received; the exchanges by stream; how many reads brought
         # something, and whether a ping waits for one; whether the server takes no new streams; whether all is

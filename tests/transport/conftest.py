@@ -15,6 +15,7 @@ import uvloop
 
 from proxy.transport import Answer, Timeouts, Transport
 from proxy.transport.cloud import CloudTransport
+from proxy.transport.dialing import CloudLimits
 from proxy.transport.local import Limits, LocalTransport
 from tests.fakes.scripted_http2 import ScriptedHttp2, http2_upstream
 from tests.fakes.scripted_upstream import DEADLINE, Play, ScriptedUpstream, upstream
@@ -46,7 +47,7 @@ class Wire:
     def transport(self, address: str, *, connections: int = 1000, idle: int = 100) -> Transport:
         if self.local:
             return LocalTransport(address, Limits(max_connections=connections, max_idle=idle, idle_timeout=DEADLINE))
-        return CloudTransport(address, max_connections=connections)
+        return CloudTransport(address, CloudLimits(max_connections=connections))
 
     def _upstream(self, plays: Sequence[Play], read_requests: bool) -> AbstractAsyncContextManager[Scripted]:
         if self.http2:
@@ -141,6 +142,6 @@ def local_wire(request: pytest.FixtureRequest, short_folder: Path) -> Wire:
 
 @pytest.fixture
 def without_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)

@@ -339,6 +339,7 @@ MALFORMED = {
     "a bare CR in a header": b"HTTP/1.1 200 OK\r\nx: a\rset-cookie: b\r\ncontent-length: 3\r\n\r\nabc",
     "a space before the colon": b"HTTP/1.1 200 OK\r\ncontent-length : 3\r\n\r\nabc",
     "a header without a name": b"HTTP/1.1 200 OK\r\n: x\r\ncontent-length: 3\r\n\r\nabc",
+    "a folded header after an interim answer": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nx: a\r\n\tb\r\n\r\n",
     "a header without a colon": b"HTTP/1.1 200 OK\r\nabc\r\ncontent-length: 3\r\n\r\nabc",
     "endless headers": b"HTTP/1.1 200 OK\r\n" + b"x: %b\r\n" % (b"y" * 1000) * 200,
 }
@@ -613,8 +614,9 @@ def test_a_thousand_abandoned_exchanges_leave_nothing(wire: Wire) -> None:
             tasks = len(asyncio.all_tasks())
             for _ in range(50):
                 await abandon_some(to, chance)
-            upstream.plays = [[ok(b"done", b"Connection: close")]]
+            upstream.plays = [[ok(b"done")]]
             assert await asyncio.gather(*[body_of(to) for _ in range(16)]) == [b"done"] * 16
+            await to.close()
             await eventually(lambda: upstream.open == 0)
             await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
             if wire.local:
@@ -623,72 +625,75 @@ def test_a_thousand_abandoned_exchanges_leave_nothing(wire: Wire) -> None:
     wire.run(story())
 
 
-# The local pool
+# Requests that are sent again
 
 
-def test_a_request_is_sent_again_once_when_its_idle_connection_had_died(local_wire: Wire) -> None:
+def test_a_request_is_sent_again_once_when_its_idle_connection_had_died(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with local_wire.to([ok(b"1")], [Step.CLOSE], [ok(b"3")]) as (upstream, to):
+        async with http1_wire.to([ok(b"1")], [Step.CLOSE], [ok(b"3")]) as (upstream, to):
             assert [await body_of(to), await body_of(to)] == [b"1", b"3"]
             assert [request.connection for request in upstream.requests] == [1, 1, 2]
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
-def test_a_request_is_sent_again_only_once(local_wire: Wire) -> None:
+def test_a_request_is_sent_again_only_once(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with local_wire.to([ok(b"1")], [Step.CLOSE]) as (upstream, to):
+        async with http1_wire.to([ok(b"1")], [Step.CLOSE]) as (upstream, to):
             assert await body_of(to) == b"1"
             with pytest.raises(TruncatedAnswer):
                 await body_of(to)
             assert len(upstream.requests) == 3
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
-def test_an_upload_is_not_sent_again(local_wire: Wire) -> None:
+def test_an_upload_is_not_sent_again(http1_wire: Wire) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"x"
 
     async def story() -> None:
-        async with local_wire.to([ok(b"1")], [Step.CLOSE], [ok(b"3")]) as (upstream, to):
+        async with http1_wire.to([ok(b"1")], [Step.CLOSE], [ok(b"3")]) as (upstream, to):
             assert await body_of(to) == b"1"
             with pytest.raises(TruncatedAnswer):
                 await to.send(b"POST", b"/", [], body(), PATIENT)
             assert len(upstream.requests) == 2
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
 @pytest.mark.parametrize("extra", [b"x", ok(b"forged")], ids=["noise", "answer"])
-def test_a_connection_with_bytes_after_the_end_of_an_answer_is_not_used_again(local_wire: Wire, extra: bytes) -> None:
+def test_a_connection_with_bytes_after_the_end_of_an_answer_is_not_used_again(http1_wire: Wire, extra: bytes) -> None:
     async def story() -> None:
-        async with local_wire.to([ok(b"1") + extra], [ok(b"2")]) as (upstream, to):
+        async with http1_wire.to([ok(b"1") + extra], [ok(b"2")]) as (upstream, to):
             assert [await body_of(to), await body_of(to)] == [b"1", b"2"]
             assert upstream.connections == 2
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
-def test_a_body_after_the_answer_to_head_ends_its_connection(local_wire: Wire) -> None:
+def test_a_body_after_the_answer_to_head_ends_its_connection(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with local_wire.to([ok(b"body")], [ok(b"2")]) as (upstream, to):
+        async with http1_wire.to([ok(b"body")], [ok(b"2")]) as (upstream, to):
             answer = await to.send(b"HEAD", b"/", [], b"", PATIENT)
             assert await answer.read(BODY_LIMIT) == b""
             assert await body_of(to) == b"2"
             assert upstream.connections == 2
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
 @pytest.mark.parametrize("codings", [b"x: a\r\n b", b"transfer-encoding:\r\n chunked"], ids=["value", "framing"])
-def test_a_folded_header_is_malformed(local_wire: Wire, codings: bytes) -> None:
+def test_a_folded_header_is_malformed(http1_wire: Wire, codings: bytes) -> None:
     async def story() -> None:
-        async with local_wire.to([b"HTTP/1.1 200 OK\r\n" + codings + b"\r\n\r\n" + chunked(b"a")]) as (_, to):
+        async with http1_wire.to([b"HTTP/1.1 200 OK\r\n" + codings + b"\r\n\r\n" + chunked(b"a")]) as (_, to):
             with pytest.raises(MalformedAnswer):
                 await body_of(to)
 
-    local_wire.run(story())
+    http1_wire.run(story())
+
+
+# The local pool
 
 
 def test_an_early_answer_is_given_while_the_upload_waits(local_wire: Wire) -> None:
