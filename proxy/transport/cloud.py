@@ -8,7 +8,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from typing import Any, Self, cast
+from typing import Self, cast
 from urllib.parse import quote_from_bytes
 
 import httpcore2
@@ -94,8 +94,8 @@ class CloudAnswer:
 class CloudTransport:
     """proxy.transport.Transport to one origin, `https://host[:port]` or `http://host[:port]`.
 
-    Over TLS it speaks HTTP/2 where the endpoint does, unless `limits` say otherwise. ValueError for an address, or a proxy
-    in the environment, that is none.
+    Over TLS it speaks HTTP/2 where the endpoint does, unless `limits` say otherwise. ValueError for an address, or a
+    proxy in the environment, that is none.
     """
 
     def __init__(self, address: str, limits: CloudLimits | None = None) -> None:

@@ -1,9 +1,11 @@
 """What every transport does, over every kind of socket."""
 
 import asyncio
+import gc
 import random
 import socket
 from collections.abc import AsyncIterator
+from types import AsyncGeneratorType
 
 import pytest
 
@@ -598,31 +600,46 @@ def test_a_slow_reader_stops_the_upstream(wire: Wire) -> None:
 
 
 def test_a_thousand_abandoned_exchanges_leave_nothing(wire: Wire) -> None:
+    wire.run(abandon(wire, 1000))
+
+
+@pytest.mark.parametrize("wire", ["local-tcp-uvloop", "cloud-http2"], indirect=True)
+def test_ten_thousand_abandoned_exchanges_leave_nothing(wire: Wire) -> None:
+    wire.run(abandon(wire, 10_000))
+
+
+async def abandon(wire: Wire, exchanges: int) -> None:
+    """Give up so many exchanges at random points, and check that nothing of them is left."""
+
     async def abandon_some(to: Transport, chance: random.Random) -> None:
-        exchanges = [asyncio.create_task(body_of(to)) for _ in range(20)]
-        for exchange in chance.sample(exchanges, len(exchanges)):
+        some = [asyncio.create_task(body_of(to)) for _ in range(20)]
+        for exchange in chance.sample(some, len(some)):
             for _ in range(chance.randrange(20)):
                 await asyncio.sleep(0)
             exchange.cancel()
-        await asyncio.gather(*exchanges, return_exceptions=True)
+        await asyncio.gather(*some, return_exceptions=True)
 
-    async def story() -> None:
-        chance = random.Random(7)
-        events = EVENTS + b"1\r\na\r\n"
-        plays = [[ok(b"x")], [events, Step.STALL], [Step.STALL], [events, chunked(b"a", b"b"), Step.CLOSE]]
-        async with wire.to(*chance.choices(plays, k=1000), connections=8) as (upstream, to):
-            tasks = len(asyncio.all_tasks())
-            for _ in range(50):
-                await abandon_some(to, chance)
-            upstream.plays = [[ok(b"done")]]
-            assert await asyncio.gather(*[body_of(to) for _ in range(16)]) == [b"done"] * 16
-            await to.close()
-            await eventually(lambda: upstream.open == 0)
-            await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
-            if wire.local:
-                assert repr(to).endswith("0 open, 0 idle, 8 free, 0 waiting>")
+    chance = random.Random(7)
+    events = EVENTS + b"1\r\na\r\n"
+    plays = [[ok(b"x")], [events, Step.STALL], [Step.STALL], [events, chunked(b"a", b"b"), Step.CLOSE]]
+    async with wire.to(*chance.choices(plays, k=exchanges), connections=8) as (upstream, to):
+        tasks, generators = len(asyncio.all_tasks()), open_generators()
+        for _ in range(exchanges // 20):
+            await abandon_some(to, chance)
+        upstream.plays = [[ok(b"done")]]
+        assert await asyncio.gather(*[body_of(to) for _ in range(16)]) == [b"done"] * 16
+        await to.close()
+        await eventually(lambda: upstream.open == 0)
+        await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
+        assert open_generators() <= generators
+        if wire.local:
+            assert repr(to).endswith("0 open, 0 idle, 8 free, 0 waiting>")
 
-    wire.run(story())
+
+def open_generators() -> int:
+    """Return how many asynchronous generators stand in the middle."""
+    gc.collect()
+    return sum(isinstance(thing, AsyncGeneratorType) and thing.ag_frame is not None for thing in gc.get_objects())
 
 
 # Requests that are sent again
