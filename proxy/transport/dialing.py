@@ -1,7 +1,6 @@
 """Connections to one origin: TCP or a proxy's tunnel, TLS, and the protocol that both ends have agreed on."""
 
 import asyncio
-from collections.abc import Mapping
 
 import httpcore2
 import httpx2
@@ -13,7 +12,6 @@ from proxy.transport.strict import StrictHttp11
 Inner = StrictHttp11 | Http2Connection
 
 _BROKEN = (httpcore2.RemoteProtocolError, httpcore2.NetworkError)
-_NO_TIMEOUTS: Mapping[str, object] = {"timeout": {}}
 
 
 class CloudLimits(msgspec.Struct, frozen=True):
@@ -79,7 +77,7 @@ class Dialer:
         target = b"%b:%d" % (host, self._origin.port)
         at = proxy.url.origin
         url = httpcore2.URL(scheme=at.scheme, host=at.host, port=at.port, target=target)
-        ask = httpcore2.Request(b"CONNECT", url, headers=[(b"host", target), *proxy.headers], extensions=_NO_TIMEOUTS)
+        ask = httpcore2.Request(b"CONNECT", url, headers=[(b"host", target), *proxy.headers])
         connection = httpcore2.AsyncHTTPConnection(at, ssl_context=proxy.ssl_context)
         try:
             answer = await connection.handle_async_request(ask)

@@ -1,7 +1,7 @@
 """Which proxy the environment names for an origin: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY."""
 
 import ssl
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies, proxy_bypass
 
 import httpcore2
 import httpx2
@@ -12,8 +12,8 @@ def proxy_for(scheme: str, host: str, port: int) -> httpcore2.Proxy | None:
 
     Names in NO_PROXY are read as Python's urllib reads them: hosts, domains, host:port, or * for all.
     """
-    proxies = getproxies_environment()
-    if proxy_bypass_environment(host, proxies) or proxy_bypass_environment(f"{host}:{port}", proxies):
+    proxies = getproxies()
+    if proxy_bypass(host) or proxy_bypass(f"{host}:{port}"):
         return None
     for kind in (scheme, "all"):
         if address := proxies.get(kind):

@@ -133,7 +133,10 @@ class Http2Connection(httpcore2.AsyncConnectionInterface):
             self._leaving = True
             raise httpcore2.ConnectionNotAvailable from None
         empty = (b"content-length", b"0") in request.headers
-        self._h2.send_headers(stream, _request_head(request), end_stream=empty)
+        try:
+            self._h2.send_headers(stream, _request_head(request), end_stream=empty)
+        except h2.exceptions.ProtocolError as error:
+            raise httpcore2.LocalProtocolError(error) from error
         exchange = self._exchanges[stream] = Exchange(stream, self._heard)
         exchange.sent = empty
         self._flush()
@@ -221,7 +224,7 @@ class Http2Connection(httpcore2.AsyncConnectionInterface):
         if (exchange := self._exchange_of(event)) is None:
             return
         try:
-            exchange.begin(cast(list[tuple[bytes, bytes]], event.headers))
+            exchange.begin(event.headers)
         except MalformedAnswer as error:
             exchange.fail(error)
             self._reset(exchange, h2.errors.ErrorCodes.PROTOCOL_ERROR)
