@@ -57,6 +57,18 @@ def test_a_certificate_that_does_not_hold_is_refused(trusted: trustme.CA, wrong:
     asyncio.run(story())
 
 
+def test_an_authority_that_neither_system_nor_environment_know_is_refused(
+    trusted: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with upstream([ok()], tls=server_tls(trusted)) as scripted:
+            monkeypatch.delenv("SSL_CERT_FILE")
+            monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+            assert isinstance(await failure(scripted.address), ConnectFailed)
+
+    asyncio.run(story())
+
+
 @pytest.mark.usefixtures("trusted")
 def test_an_upstream_without_tls_is_refused() -> None:
     async def story() -> None:
