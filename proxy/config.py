@@ -55,7 +55,8 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_body_bytes: larger requests get 413. start_wait: seconds a request waits for an engine that is
     starting before it gets 503. drain_timeout: seconds for requests in flight when the server is stopped.
     head_timeout: seconds for the head of a request, and for an idle connection to begin one. body_timeout: seconds for
-    its body, and one more for every 16 KiB that have come. max_connections: of clients, to each worker.
+    its body, and one more for every 16 KiB that have come. send_timeout: seconds in which a client takes nothing of an
+    answer that waits for it; a socket's own buffers come on top. max_connections: of clients, to each worker.
     media_domains: hosts that our engines may fetch pictures and the like from; without any, only `data:` URLs pass.
     """
 
@@ -70,6 +71,7 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_timeout: Seconds = 30.0
     head_timeout: Annotated[float, Meta(gt=0)] = 20.0
     body_timeout: Annotated[float, Meta(gt=0)] = 60.0
+    send_timeout: Annotated[float, Meta(gt=0)] = 600.0
     max_connections: Annotated[int, Meta(ge=1)] = 8192
     media_domains: tuple[str, ...] = ()
 
