@@ -14,6 +14,14 @@ import msgspec
 from proxy.errors import BadRequest
 
 
+ABSENT = msgspec.Raw()
+
+
+def given(value: msgspec.Raw) -> msgspec.Raw | None:
+    """Return a value of any shape, None where there is none or it is null."""
+    return None if bytes(value) in (b"", b"null") else value
+
+
 class _Url(msgspec.Struct, frozen=True):
     url: str
 
@@ -29,7 +37,7 @@ class _Part(msgspec.Struct, frozen=True):
     refusal: str = ""
     image_url: _Url | str | None = None
     file: _File | None = None
-    cache_control: msgspec.Raw | None = None
+    cache_control: msgspec.Raw = ABSENT
 
 
 class _Call(msgspec.Struct, frozen=True):
@@ -50,8 +58,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
     thinking_blocks: list[msgspec.Raw] | None = None
-    function_call: msgspec.Raw | None = None
-    audio: msgspec.Raw | None = None
+    function_call: msgspec.Raw = ABSENT
+    audio: msgspec.Raw = ABSENT
 
 
 Block = dict[str, Any]
@@ -105,7 +113,7 @@ def _trim(content: list[Any]) -> None:
 
 def _said(message: ChatMessage, at: str) -> list[Any]:
     for name in ("function_call", "audio"):
-        if getattr(message, name) is not None:
+        if given(getattr(message, name)):
             raise unsupported(f"{at}.{name}", "has no counterpart there")
     if message.role == "tool":
         return [_tool_result(message, at)]
@@ -162,8 +170,8 @@ def _part(part: _Part, at: str) -> list[Block]:
         blocks = [_document(part.file.file_data, part.file.filename, at)]
     else:
         raise unsupported(f"{at}.type", "may be text, image_url, or file with file_data")
-    if part.cache_control is not None and blocks:
-        blocks[0]["cache_control"] = part.cache_control
+    if blocks and (cache_control := given(part.cache_control)):
+        blocks[0]["cache_control"] = cache_control
     return blocks
 
 

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from proxy import wire
 from proxy.errors import BadRequest
-from proxy.providers.anthropic.content import ChatMessage, Turn, turns, unsupported
+from proxy.providers.anthropic.content import ABSENT, ChatMessage, Turn, given, turns, unsupported
 
 _TRANSLATED = frozenset(
     ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "stop", "stream",
@@ -51,14 +51,14 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Function(msgspec.Struct, frozen=True):
     name: str
     description: str | None = None
-    parameters: msgspec.Raw | None = None
+    parameters: msgspec.Raw = ABSENT
     strict: bool | None = None
 
 
 class _Tool(msgspec.Struct, frozen=True):
     type: str
     function: _Function | None = None
-    cache_control: msgspec.Raw | None = None
+    cache_control: msgspec.Raw = ABSENT
 
 
 class _Named(msgspec.Struct, frozen=True):
@@ -71,7 +71,7 @@ class _Choice(msgspec.Struct, frozen=True):
 
 
 class _Schema(msgspec.Struct, frozen=True):
-    schema: msgspec.Raw | None = None
+    schema: msgspec.Raw = ABSENT
 
 
 class _Format(msgspec.Struct, frozen=True):
@@ -96,8 +96,8 @@ class _Chat(msgspec.Struct, frozen=True):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     response_format: _Format | None = None
     service_tier: Literal["auto", "default"] | None = None
-    thinking: msgspec.Raw | None = None
-    cache_control: msgspec.Raw | None = None
+    thinking: msgspec.Raw = ABSENT
+    cache_control: msgspec.Raw = ABSENT
 
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -124,7 +124,7 @@ def messages_request(body: bytes, model: str, options: Options) -> bytes:
         "thinking": thinking,
         "output_config": _format(chat.response_format) | effort,
         "metadata": {"user_id": user} if user else None,
-        "cache_control": chat.cache_control,
+        "cache_control": given(chat.cache_control),
     }
     return wire.encode(result | {name: value for name, value in rest.items() if value})
 
@@ -197,9 +197,9 @@ def _tool(tool: _Tool, i: int) -> dict[str, Any]:
     if tool.type != "function" or tool.function is None:
         raise unsupported(f"tools[{i}].type", "may be function only")
     f = tool.function
-    schema: Any = f.parameters if f.parameters is not None else {"type": "object", "properties": {}}
+    schema: Any = given(f.parameters) or {"type": "object", "properties": {}}
     result = {"name": f.name, "description": f.description, "input_schema": schema, "strict": f.strict}
-    result["cache_control"] = tool.cache_control
+    result["cache_control"] = given(tool.cache_control)
     return {name: value for name, value in result.items() if value is not None}
 
 
@@ -207,7 +207,7 @@ def _format(wanted: _Format | None) -> dict[str, Any]:
     """A JSON schema is what Anthropic calls structured outputs; for JSON of any shape it has nothing."""
     if wanted is None or wanted.type == "text":
         return {}
-    if wanted.type != "json_schema" or wanted.json_schema is None or wanted.json_schema.schema is None:
+    if wanted.type != "json_schema" or wanted.json_schema is None or not given(wanted.json_schema.schema):
         raise unsupported("response_format", "may be text, or a json_schema with its schema")
     return {"format": {"type": "json_schema", "schema": wanted.json_schema.schema}}
 
@@ -223,8 +223,8 @@ def _reasoning(chat: _Chat, options: Options, most: int, *, continues: bool) -> 
     An assistant's message is continued only without thinking.
     """
     effort = chat.reasoning_effort
-    if chat.thinking is not None or effort is None or continues:
-        return chat.thinking, {}
+    if given(chat.thinking) or effort is None or continues:
+        return given(chat.thinking), {}
     if effort == "none":
         return {"type": "disabled"}, {}
     if options.thinking == "adaptive":
