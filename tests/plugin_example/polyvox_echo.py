@@ -12,6 +12,7 @@ from proxy.transport import Answer
 
 class Options(msgspec.Struct, forbid_unknown_fields=True):
     region: str
+    token: str = ""
 
 
 class Echo:
