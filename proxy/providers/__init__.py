@@ -22,7 +22,7 @@ from proxy.transport import Answer, Headers
 _OURS = {"openai": "OpenAI", "azure": "Azure", "anthropic": "Anthropic"}
 
 
-class Asked(msgspec.Struct, frozen=True):
+class Asked(msgspec.Struct, frozen=True, gc=False):
     """A client's request for a model.
 
     path, query, headers, body: as they came, or the body as it was changed to go on with an answer that broke.
@@ -40,7 +40,7 @@ class Asked(msgspec.Struct, frozen=True):
     salt: str | None = None
 
 
-class Outgoing(msgspec.Struct, frozen=True):
+class Outgoing(msgspec.Struct, frozen=True, gc=False):
     """What is sent to an endpoint, by POST. path: with its query.
 
     hide_usage: the stream that comes back tells what it used, though the client did not ask for that.

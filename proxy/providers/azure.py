@@ -37,9 +37,10 @@ class Azure:
             raise WrongSetting(("options",), "provider azure takes none")
 
     def request(self, asked: Asked, endpoint: Endpoint) -> Outgoing:
-        key = endpoint.api_key
-        ours = [(b"api-key", key.reveal().encode())] if key else []
-        return outgoing(asked, endpoint, _path(asked.path, endpoint).encode(), upstream_headers(asked, *ours))
+        headers = upstream_headers(asked)
+        if endpoint.api_key:
+            headers.append((b"api-key", endpoint.api_key.reveal().encode()))
+        return outgoing(asked, endpoint, _path(asked.path, endpoint).encode(), headers)
 
     def answer(self, answer: Answer, asked: Asked, endpoint: Endpoint) -> Answer:
         return answer

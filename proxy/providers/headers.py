@@ -1,7 +1,7 @@
 """The headers that an endpoint gets."""
 
 from proxy.providers import Asked
-from proxy.transport import Header, Headers
+from proxy.transport import Headers
 
 # What reaches an upstream of what a client sent. Everything else, its key above all, stays here.
 _PASSED = frozenset(
@@ -9,11 +9,10 @@ _PASSED = frozenset(
 )
 
 
-def upstream_headers(asked: Asked, *ours: Header) -> Headers:
-    """Return what passes of a client's headers, the request's id, and ours."""
+def upstream_headers(asked: Asked) -> Headers:
+    """Return what passes of a client's headers, and the request's id; a provider adds its key."""
     headers = [header for header in asked.headers if header[0] in _PASSED]
     headers.append((b"x-request-id", asked.request_id))
-    headers.extend(ours)
     return headers
 
 

@@ -42,12 +42,9 @@ class OpenAI:
             raise WrongSetting(("options",), "provider openai takes none")
 
     def request(self, asked: Asked, endpoint: Endpoint) -> Outgoing:
-        key = endpoint.api_key
-        headers = (
-            upstream_headers(asked, (b"authorization", b"Bearer " + key.reveal().encode()))
-            if key
-            else upstream_headers(asked)
-        )
+        headers = upstream_headers(asked)
+        if endpoint.api_key:
+            headers.append((b"authorization", b"Bearer " + endpoint.api_key.reveal().encode()))
         path = endpoint.path(asked.path).encode()
         return outgoing(asked, endpoint, path + b"?" + asked.query if asked.query else path, headers)
 

@@ -2,12 +2,11 @@
 
 import json
 
+from engines.spec import FleetStatus
 from proxy import providers, registry, wire
 from proxy.config import Config, EndpointSettings, ModelSettings, Secret
 from proxy.providers import Asked, Outgoing
 from proxy.registry import Endpoint
-
-from engines.spec import FleetStatus
 
 KEY = "sk-sentinel-upstream"
 

@@ -122,8 +122,9 @@ def test_the_tokens_of_a_prompt_are_all_of_them_and_the_cached_ones_are_told():
 
 
 def test_calls_of_tools_keep_the_letters_of_their_arguments():
-    raw = b'{"id":"m","model":"c","stop_reason":"tool_use","content":[{"type":"tool_use","id":"t","name":"f","input":{"a":1.50}}]}'
-    (choice,) = json.loads(completion(raw, 0))["choices"]
+    block = b'{"type":"tool_use","id":"t","name":"f","input":{"a":1.50}}'
+    message = b'{"id":"m","model":"c","stop_reason":"tool_use","content":[' + block + b"]}"
+    (choice,) = json.loads(completion(message, 0))["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
     assert choice["message"]["tool_calls"] == [
@@ -216,7 +217,9 @@ def test_each_kind_of_block_is_streamed():
             "prompt_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 2},
         },
     }  # fmt: skip
-    kept = [c["choices"][0]["delta"]["thinking_blocks"] for c in of[:-1] if "thinking_blocks" in c["choices"][0]["delta"]]
+    kept = [
+        c["choices"][0]["delta"]["thinking_blocks"] for c in of[:-1] if "thinking_blocks" in c["choices"][0]["delta"]
+    ]
     assert kept == [
         [{"type": "thinking", "thinking": "", "signature": "sig"}],
         [{"type": "redacted_thinking", "data": "xx"}],

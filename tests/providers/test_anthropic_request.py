@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy import providers
 from proxy.config import EndpointSettings
@@ -50,7 +52,8 @@ def test_the_least_request_gets_the_name_there_and_the_max_tokens_that_anthropic
         ({"user": "u1", "safety_identifier": "s1"}, {"metadata": {"user_id": "s1"}}),
         ({"stream": True}, {"stream": True}),
         ({"service_tier": "default"}, {"service_tier": "standard_only"}),
-        ({"tools": [TOOL]}, {"tools": [{"name": "f", "description": "does f", "input_schema": FUNCTION["parameters"]}]}),
+        ({"tools": [TOOL]},
+         {"tools": [{"name": "f", "description": "does f", "input_schema": FUNCTION["parameters"]}]}),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
          {"tools": [{"name": "f", "strict": True, "input_schema": {"type": "object", "properties": {}}}]}),
         ({"tools": [TOOL], "tool_choice": "auto"}, {"tool_choice": {"type": "auto"}}),
@@ -140,6 +143,33 @@ def test_what_cannot_be_expressed_is_refused_by_name(said, field):
     error = refusal(**said)
     assert error.param == field
     assert error.status == 400
+
+
+KEYS = st.sampled_from(
+    ("role", "content", "type", "text", "image_url", "url", "file", "file_data", "tool_calls", "id", "function", "name",
+     "arguments", "tool_call_id", "thinking_blocks", "cache_control", "parameters", "json_schema", "schema")
+)  # fmt: skip
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=3),
+    st.sampled_from(("user", "assistant", "system", "tool", "text", "image_url", "file", "function", "json_schema",
+                     "data:image/png;base64,AA", "{}", "required", "high")),
+)  # fmt: skip
+ANYTHING = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4))
+FIELDS = st.sampled_from(
+    ("max_tokens", "temperature", "stop", "tools", "tool_choice", "response_format", "reasoning_effort", "thinking",
+     "user", "n", "logit_bias", "service_tier", "parallel_tool_calls", "cache_control", "stream_options", "new")
+)  # fmt: skip
+
+
+@given(ANYTHING | st.lists(st.dictionaries(KEYS, ANYTHING), max_size=3), st.dictionaries(FIELDS, ANYTHING, max_size=3))
+def test_whatever_is_asked_is_translated_or_refused_by_name(messages, fields):
+    try:
+        result = translated(messages=messages, **fields)
+    except BadRequest as error:
+        assert error.param
+    else:
+        assert result["messages"]
+        assert all(turn["content"] for turn in result["messages"])
 
 
 def test_system_and_developer_messages_are_the_system_prompt_in_their_order():

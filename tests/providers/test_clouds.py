@@ -292,8 +292,10 @@ def check(folder: Path, endpoint: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60, check=False)
 
 
-def test_check_shows_the_provider_and_no_secret(tmp_path: Path):
-    done = check(tmp_path, "{base_url: 'https://x/${OPTION}', provider: echo, options: {region: '${OPTION}'}}")
+@pytest.mark.parametrize("options", ["{region: '${OPTION}'}", "{region: a, token: sk-sentinel-option}"])
+def test_check_shows_the_provider_and_no_secret(tmp_path: Path, options):
+    base_url = "https://x/${OPTION}" if "OPTION" in options else "https://x/sk-sentinel-option"
+    done = check(tmp_path, f"{{base_url: '{base_url}', provider: echo, options: {options}}}")
     assert done.returncode == 0, done.stderr
     assert "echo" in done.stdout
     assert "sentinel" not in done.stdout
@@ -312,6 +314,7 @@ def test_check_shows_the_provider_and_no_secret(tmp_path: Path):
         ("{base_url: 'https://x', provider: anthropic, options: {max_tokens: 0}}", ["endpoints[0].options: ", ">= 1"]),
         ("{base_url: 'https://x', options: {a: 1}}", ["endpoints[0].options: provider openai takes none"]),
         ("{base_url: 'https://x', provider: azure, api_version: 'a b'}", ["endpoints[0].api_version: "]),
+        ("{base_url: 'https://x', provider: '${OPTION}'}", ["endpoints[0].provider: there is no provider"]),
     ],
 )  # fmt: skip
 def test_check_refuses_a_provider_or_setting_that_cannot_be_used_with_its_line(tmp_path: Path, endpoint, said):

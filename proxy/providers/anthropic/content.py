@@ -13,7 +13,6 @@ import msgspec
 
 from proxy.errors import BadRequest
 
-
 ABSENT = msgspec.Raw()
 
 
