@@ -43,7 +43,7 @@ def test_the_least_request_gets_the_name_there_and_the_max_tokens_that_anthropic
     [
         ({"max_tokens": 5}, {"max_tokens": 5}),
         ({"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 6}),
-        ({"temperature": 0.5}, {"temperature": 0.5}),
+        ({"temperature": 0}, {"temperature": 0}),
         ({"temperature": 1.7}, {"temperature": 1.0}),
         ({"top_p": 0.9, "top_k": 5}, {"top_p": 0.9, "top_k": 5}),
         ({"stop": "END"}, {"stop_sequences": ["END"]}),
@@ -257,6 +257,11 @@ def test_for_older_models_an_effort_is_a_budget_that_leaves_room_for_an_answer(e
     assert "output_config" not in result
 
 
+def test_a_model_that_takes_no_sampling_parameters_gets_none():
+    result = translated({"sampling": False}, temperature=0.5, top_p=0.9, top_k=5, stop="END")
+    assert result.keys() == {"model", "max_tokens", "messages", "stop_sequences"}
+
+
 @pytest.mark.parametrize("base_url", ["https://api.anthropic.com", "https://api.anthropic.com/v1/"])
 def test_it_goes_to_messages_with_our_key_and_not_the_clients(base_url):
     there = endpoint("anthropic", base_url)
@@ -295,5 +300,5 @@ def test_a_path_that_anthropic_has_not_is_refused_by_name(path):
 
 @pytest.mark.parametrize("options", [{"max_token": 5}, {"max_tokens": 0}, {"thinking": "much"}, {"prefill": "perhaps"}])
 def test_options_that_it_has_not_are_refused(options):
-    with pytest.raises(WrongSetting, match="known: max_tokens, prefill, thinking"):
+    with pytest.raises(WrongSetting, match="known: max_tokens, prefill, sampling, thinking"):
         providers.named("anthropic").check(EndpointSettings(base_url="https://x", options=options))

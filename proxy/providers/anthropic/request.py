@@ -39,12 +39,14 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An endpoint's `options`.
 
     max_tokens: for requests that name none, since Anthropic requires it. prefill: false for models that do not
-    continue an assistant's message (Claude Opus 4.6 and later). thinking: what reasoning_effort becomes: `adaptive`
-    with an effort, or a `budget` of tokens for models before Claude 4.6.
+    continue an assistant's message (Claude Opus 4.6 and later). sampling: false for models that refuse temperature,
+    top_p and top_k (Claude Opus 4.7 and later), which are then left out. thinking: what reasoning_effort becomes:
+    `adaptive` with an effort, or a `budget` of tokens for models before Claude 4.6.
     """
 
     max_tokens: Annotated[int, Meta(ge=1)] = 8192
     prefill: bool = True
+    sampling: bool = True
     thinking: Literal["adaptive", "budget"] = "adaptive"
 
 
@@ -100,6 +102,7 @@ class _Chat(msgspec.Struct, frozen=True):
     cache_control: msgspec.Raw = ABSENT
 
 
+_NOTHING: tuple[Any, ...] = (None, [], {})
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _chat = msgspec.json.Decoder(_Chat).decode
 
@@ -114,19 +117,28 @@ def messages_request(body: bytes, model: str, options: Options) -> bytes:
     system, messages = turns(chat.messages)
     _check_last(messages, options)
     most = chat.max_completion_tokens or chat.max_tokens or options.max_tokens
-    result: dict[str, Any] = {"model": model, "max_tokens": most, "messages": [t.encoded() for t in messages]}
-    result |= _sampling(chat)
-    result |= _tools(chat)
+    least = {"model": model, "max_tokens": most, "messages": [turn.encoded() for turn in messages]}
     thinking, effort = _reasoning(chat, options, most, continues=messages[-1].role == "assistant")
-    user = chat.safety_identifier or chat.user
     rest = {
+        **_settings(chat, options),
         "system": system,
         "thinking": thinking,
         "output_config": _format(chat.response_format) | effort,
+    }
+    return wire.encode(least | {name: value for name, value in rest.items() if value not in _NOTHING})
+
+
+def _settings(chat: _Chat, options: Options) -> dict[str, Any]:
+    user = chat.safety_identifier or chat.user
+    return {
+        **(_sampling(chat) if options.sampling else {}),
+        **_tools(chat),
+        "stop_sequences": _stop(chat.stop),
+        "stream": chat.stream,
         "metadata": {"user_id": user} if user else None,
+        "service_tier": _TIERS.get(chat.service_tier or ""),
         "cache_control": given(chat.cache_control),
     }
-    return wire.encode(result | {name: value for name, value in rest.items() if value})
 
 
 def _check_fields(fields: Mapping[str, msgspec.Raw]) -> None:
@@ -155,17 +167,18 @@ def _check_last(messages: list[Turn], options: Options) -> None:
 
 def _sampling(chat: _Chat) -> dict[str, Any]:
     """Anthropic's temperatures end at 1; what is above is taken for 1, as its own compatible API does."""
-    result: dict[str, Any] = {"top_p": chat.top_p, "top_k": chat.top_k, "stream": chat.stream or None}
-    if chat.temperature is not None:
-        result["temperature"] = min(chat.temperature, 1.0)
-    stop = [chat.stop] if isinstance(chat.stop, str) else chat.stop
-    if stop:
-        if not all(text.strip() for text in stop):
-            raise unsupported("stop", "may not hold a string of white space alone")
-        result["stop_sequences"] = stop
-    if chat.service_tier:
-        result["service_tier"] = "auto" if chat.service_tier == "auto" else "standard_only"
-    return {name: value for name, value in result.items() if value is not None}
+    temperature = None if chat.temperature is None else min(chat.temperature, 1.0)
+    return {"temperature": temperature, "top_p": chat.top_p, "top_k": chat.top_k}
+
+
+def _stop(stop: str | list[str] | None) -> list[str]:
+    texts = [stop] if isinstance(stop, str) else stop or []
+    if not all(text.strip() for text in texts):
+        raise unsupported("stop", "may not hold a string of white space alone")
+    return texts
+
+
+_TIERS = {"auto": "auto", "default": "standard_only"}
 
 
 def _tools(chat: _Chat) -> dict[str, Any]:
