@@ -13,7 +13,7 @@ from litestar.handlers import asgi
 from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
 from proxy.auth import Caller, Keys
-from proxy.chat import Chat
+from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.errors import (
     BodyTooLarge,
@@ -24,7 +24,6 @@ from proxy.errors import (
     upstream_failure,
 )
 from proxy.metrics import Metrics
-from proxy.outgoing import Headers, Incoming
 from proxy.probe import LiveRegistry
 from proxy.registry import Model, Registry
 from proxy.relay import Exchange

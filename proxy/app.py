@@ -6,7 +6,7 @@ from pathlib import Path
 from litestar.types import ASGIApp
 
 from engines.spec import FleetStatus
-from proxy import registry
+from proxy import providers, registry
 from proxy.api import Api, build_app
 from proxy.chat import Chat
 from proxy.config import Config
@@ -23,6 +23,7 @@ class Worker:
     """What one worker process holds."""
 
     def __init__(self, config: Config, control_socket: Path, metrics: Metrics) -> None:
+        providers.prepare(config)
         self._config = config
         self._metrics = metrics
         self._supervisor = LocalTransport(f"unix:{control_socket}")

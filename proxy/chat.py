@@ -2,18 +2,34 @@
 
 from collections.abc import Callable
 
+import msgspec
+
 from proxy import forbidden, limits, reply, wire
 from proxy.endpoints import Endpoints
 from proxy.fallback import Walk, Ways
 from proxy.limits import Limits
-from proxy.outgoing import Asked, Incoming, content_type
 from proxy.probe import LiveRegistry
+from proxy.providers import Asked
 from proxy.registry import Endpoint
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.transport import Transport
 
+Headers = list[tuple[bytes, bytes]]
+
 _FORMS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations"))
+
+
+class Incoming(msgspec.Struct, frozen=True):
+    """A request as it reached us, its body whole. salt: see auth.Caller."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: Headers
+    body: bytes
+    request_id: bytes
+    salt: str | None = None
 
 
 class Chat:
@@ -42,11 +58,21 @@ class Chat:
         3. Walk from endpoint to endpoint until one answers, under the name that was asked for.
         """
         form = request.path in _FORMS and reply.content_type(request.headers).startswith(b"multipart/form-data")
-        envelope = wire.read_form(request.body, content_type(request)) if form else wire.read_json(request.body)
+        envelope = wire.read_form(request.body, _content_type(request)) if form else wire.read_json(request.body)
         registry = self._live.current
         model = registry.resolve(envelope.model)
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._limits)
         forbidden.check(envelope.fields, model.policy, self._limits)
         exchange.model = model.name
-        asked = Asked(request, envelope, exchange.operation, form)
+        asked = _asked(request, envelope, form=form)
         return await Walk(self._ways, asked, model, registry.chains.get(envelope.model, ()), exchange).answer()
+
+
+def _content_type(request: Incoming) -> bytes:
+    return next((value for name, value in request.headers if name == b"content-type"), b"")
+
+
+def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
+    return Asked(
+        request.path, request.query, request.headers, request.body, envelope, request.request_id, form, request.salt
+    )

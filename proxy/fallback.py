@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from proxy import failures, forbidden, sse
+from proxy import failures, forbidden, providers, sse
 from proxy import reply as replies
 from proxy.continuation import COMPLETIONS, Continuation
 from proxy.endpoints import Endpoints, Standing
@@ -36,8 +36,8 @@ from proxy.errors import (
 from proxy.failures import Verdict
 from proxy.length import Length
 from proxy.limits import Limits
-from proxy.outgoing import Asked, Outgoing, outgoing
 from proxy.probe import LiveRegistry
+from proxy.providers import Asked
 from proxy.registry import Endpoint, Model
 from proxy.relay import Exchange
 from proxy.reply import Cut, Reply
@@ -83,8 +83,8 @@ class Walk:
         self._asked = asked
         self._chain = chain
         self._exchange = exchange
-        # All mutable state: the model as the newest registry has it; of the attempt that is under way, the model that it
-        # is made for, how its endpoint stands, and which process is there.
+        # All mutable state: the model as the newest registry has it; of the attempt that is under way, the model that
+        # it is made for, how its endpoint stands, and which process is there.
         self._model = model
         self._of = model
         self._at: Standing | None = None
@@ -198,10 +198,10 @@ class Walk:
     async def _attempt(self, place: Place) -> Reply:
         """Return an answer that may be sent. Raises UpstreamError or RequestError where there is none."""
         started = self._ways.endpoints.clock()
-        answer, endpoint, out = await self._send(place)
-        if answer.status >= 300:
-            failures.check(answer, endpoint)
-        reply = await replies.reply(answer, self._exchange, out.rename, hide_usage=out.hides_usage)
+        answer, endpoint, hide_usage = await self._send(place, self._asked)
+        renamed = endpoint.base_path is not None or self._asked.envelope.model != endpoint.serves
+        name = self._asked.envelope.model if renamed else None
+        reply = await replies.reply(answer, self._exchange, name, hide_usage=hide_usage)
         if reply.status >= 400:
             reply.document = failures.masked(reply.document, endpoint)
         elif reply.body is not None:
@@ -209,7 +209,7 @@ class Walk:
         if not reply.is_event_stream:
             return reply
         if self._chain or len(place.model.endpoints) > 1:
-            reply.continuation = Continuation.of(self._asked.request.path, self._asked.envelope.fields)
+            reply.continuation = Continuation.of(self._asked.path, self._asked.envelope.fields)
         try:
             await reply.open(started + _patience(place.model), self._ways.endpoints.clock)
         except ErrorEvent as error:
@@ -218,21 +218,23 @@ class Walk:
             return replies.refusal(status, failures.masked(error.document, endpoint), self._exchange)
         return reply
 
-    async def _send(self, place: Place, continued: Continuation | None = None) -> tuple[Answer, Endpoint, Outgoing]:
-        """Take one of the endpoints, and send it the request, or what goes on with the answer so far."""
+    async def _send(self, place: Place, asked: Asked) -> tuple[Answer, Endpoint, bool]:
+        """Send one of the endpoints the request; return its answer, and whether usage is to be taken out of that."""
         ways, exchange = self._ways, self._exchange
         self._of = place.model
         standing = self._at = ways.endpoints.pick(place.candidates)
         endpoint, breaker = standing.endpoint, standing.breaker
         self._key = _key(endpoint)
-        out = outgoing(self._asked, endpoint)
-        body = (continued.resume(out.body) if continued else None) or out.body
         exchange.model, exchange.level = place.model.name, place.level
+        provider = providers.named(endpoint.provider)
+        sent = provider.request(asked, endpoint)
         exchange.begin(endpoint.name, standing.load.lease(), breaker, breaker.begin(ways.endpoints.clock()))
-        timeouts = _timeouts(place.model, stream=self._asked.envelope.stream)
-        answer = await ways.transport_to(endpoint).send(out.method, out.path, out.headers, body, timeouts)
+        timeouts = _timeouts(place.model, stream=asked.envelope.stream)
+        answer = await ways.transport_to(endpoint).send(b"POST", sent.path, sent.headers, sent.body, timeouts)
         exchange.answered(answer)
-        return answer, endpoint, out
+        if answer.status >= 300:
+            failures.check(answer, endpoint)
+        return provider.answer(answer, asked, endpoint), endpoint, sent.hide_usage
 
     async def _leave(self, error: Exception | None, said: Verdict) -> None:
         """The attempt has failed, with an error or (None) an answer that says so: settle it, and remember it."""
@@ -326,12 +328,12 @@ class Walk:
 
     async def _resume(self, reply: Reply, continuation: Continuation) -> bool:
         """Have another endpoint go on with a stream; say whether one does."""
-        body = self._asked.request.body
+        body = self._asked.body
         resumed = continuation.resume(body)
         self._breaks += 1
         if resumed is None or self._breaks > _MOST_BREAKS:
             return False
-        self._must_continue = resumed is not body and self._asked.request.path != COMPLETIONS
+        self._must_continue = resumed is not body and self._asked.path != COMPLETIONS
         if reply.has_moved:  # those that failed before are as good as any
             self._tried, self._again, self._waited = frozenset((self._key,)), _NONE, False
         elif not self._may_go_on(failures.BUSY):
@@ -348,11 +350,11 @@ class Walk:
         return False
 
     async def _go_on(self, reply: Reply, continuation: Continuation, place: Place) -> None:
-        answer, endpoint, out = await self._send(place, continuation)
-        failures.check(answer, endpoint)
+        body = continuation.resume(self._asked.body) or self._asked.body
+        answer, _, hide_usage = await self._send(place, msgspec.structs.replace(self._asked, body=body))
         if answer.status != 200 or not replies.is_stream(answer):
             raise BadGateway("The upstream does not continue what another one began.")
-        reply.go_on(answer, continuation.splice(), hide_usage=out.hides_usage)
+        reply.go_on(answer, continuation.splice(), hide_usage=hide_usage)
         self._exchange.resumed += 1
 
 

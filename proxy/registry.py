@@ -1,7 +1,8 @@
 """What can be asked for, and who answers it: alias -> model -> endpoints. Frozen; replaced whole."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -26,8 +27,9 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     address: `unix:/path` or `scheme://host:port`. base_path: what its API's paths start with instead of /v1,
     or None for an engine of ours, which has the same paths as we have. serves: its own name for the model.
-    stream_usage: whether it can be asked what a stream used. continues: whether a chat that broke elsewhere can go on
-    there. since: what tells one process at the address from the next, its UNIX time of being ready.
+    stream_usage: whether it can be asked what a stream used. provider, api_version, options: see EndpointSettings.
+    continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
+    the next, its UNIX time of being ready.
     """
 
     name: str
@@ -41,6 +43,9 @@ class Endpoint(msgspec.Struct, frozen=True):
     stream_usage: bool = True
     continues: bool = True
     since: float = 0.0
+    provider: str = "openai"
+    api_version: str | None = None
+    options: Mapping[str, Any] = {}
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
@@ -158,5 +163,8 @@ def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
         api_key=settings.api_key,
         weight=settings.weight,
         stream_usage=settings.stream_usage,
-        continues=settings.continues,
+        continues=settings.provider == "anthropic" if settings.continues is None else settings.continues,
+        provider=settings.provider,
+        api_version=settings.api_version,
+        options=settings.options,
     )

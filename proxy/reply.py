@@ -19,8 +19,9 @@ _JSON = b"application/json"
 # Of an upstream's server: ours says its own, and its cookies, certificates and addresses are not for our clients.
 _SERVERS_OWN = frozenset(
     (b"date", b"server", b"via", b"x-powered-by", b"set-cookie", b"location", b"alt-svc", b"x-request-id",
-     b"strict-transport-security", b"www-authenticate", b"x-polyvox-model", b"x-polyvox-endpoint",
-     b"x-polyvox-fallback-level", b"x-polyvox-attempts")
+     b"strict-transport-security", b"www-authenticate", b"openai-organization", b"openai-project",
+     b"anthropic-organization-id", b"x-polyvox-model", b"x-polyvox-endpoint", b"x-polyvox-fallback-level",
+     b"x-polyvox-attempts")
 )  # fmt: skip
 _RENAMED_LIMIT = 256 * 1024 * 1024  # bytes of a document that must be held whole to be changed
 _HELD_LIMIT = 1024 * 1024  # bytes of one that is held whole so that another endpoint can still answer; of any error
