@@ -1,4 +1,4 @@
-"""Whether an endpoint is asked at all: a circuit breaker, and the rest that an endpoint has asked for. Pure.
+"""Whether an endpoint is asked at all: a circuit breaker. And whether others come first, as it wants a rest. Pure.
 
 Time and chance are arguments. The pattern is Nygard's ("Release It!"); that an outcome counts only for the state in
 which its request began is sony/gobreaker's; the window is the two-bucket estimate that nginx' and Cloudflare's rate
@@ -58,8 +58,7 @@ _CLOSED: Final = State.CLOSED  # looking a member up in its class takes longer t
 _SUCCESS, _FAILURE, _NEUTRAL = Outcome
 _SPREAD: Final = 0.2  # of a recovery time, each way: breakers that opened together try again apart
 _DISBELIEF: Final = 4.0  # seconds; how long a health check is not believed after the first trial that it led to failed
-_A_MOMENT: Final = 1.0  # seconds; what a trial may take, as far as we know
-AVOID: Final = 1.0  # seconds for which an endpoint that is busy without saying how long comes last
+_A_MOMENT: Final = 1.0  # seconds; what a trial takes, and being busy, as far as we know
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -82,7 +81,7 @@ class Breaker:
 
     __slots__ = (
         "_avoid_until", "_bad", "_bad_before", "_believe_at", "_changed", "_good", "_good_before", "_openings",
-        "_random", "_rest_until", "_row", "_settings", "_ticket", "_until", "_window", "state",
+        "_random", "_row", "_settings", "_ticket", "_until", "_window", "state",
     )  # fmt: skip
 
     def __init__(
@@ -103,8 +102,7 @@ class Breaker:
         self._until = 0.0
         self._openings = 0
         self._believe_at = 0.0
-        # Whatever the state: until when the endpoint wants no request, and until when others come before it.
-        self._rest_until = 0.0
+        # Whatever the state: until when others come before it.
         self._avoid_until = 0.0
 
     def __repr__(self) -> str:
@@ -112,22 +110,15 @@ class Breaker:
 
     def allow(self, now: float) -> bool:
         """Say whether a request may go. Changes nothing."""
-        if self.state is _CLOSED:
-            return now >= self._rest_until
-        return now >= self._until and now >= self._rest_until
+        return self.state is _CLOSED or now >= self._until
 
     def avoid(self, now: float) -> bool:
-        """Say whether others are to be preferred."""
+        """Say whether others are to be asked first."""
         return now < self._avoid_until
 
     def wait(self, now: float) -> float:
         """Return the seconds until a request may go, as far as that is known."""
-        trying = {State.CLOSED: 0.0, State.OPEN: self._until - now, State.HALF_OPEN: _A_MOMENT}[self.state]
-        return max(self._rest_until - now, trying)
-
-    def rests(self, now: float) -> bool:
-        """Say whether it is only that the endpoint has asked for a rest."""
-        return self.state is _CLOSED and now < self._rest_until
+        return {State.CLOSED: 0.0, State.OPEN: max(0.0, self._until - now), State.HALF_OPEN: _A_MOMENT}[self.state]
 
     def begin(self, now: float) -> int:
         """A request goes, which is allowed: return its ticket."""
@@ -150,12 +141,11 @@ class Breaker:
             self._open(Move.FAILED, now)
         return self._ticket
 
-    def rest(self, now: float, seconds: float | None) -> None:
-        """The endpoint is too busy. seconds: for how long it wants no request; None where it did not say."""
-        if seconds is None:
-            self._avoid_until = now + AVOID
-        else:
-            self._rest_until = max(self._rest_until, now + min(seconds, self._settings.recovery))
+    def rest(self, now: float, seconds: float | None) -> float:
+        """The endpoint is too busy, for some seconds, or a moment if it did not say. Return until when."""
+        asked = _A_MOMENT if seconds is None else min(seconds, self._settings.recovery)
+        self._avoid_until = max(self._avoid_until, now + asked)
+        return self._avoid_until
 
     def recovered(self, now: float) -> None:
         """A health check was passed. It ends the wait for a trial, unless the last such trial failed just now."""
@@ -165,7 +155,7 @@ class Breaker:
 
     def renew(self) -> None:
         """Another process is at the endpoint."""
-        self._rest_until = self._avoid_until = 0.0
+        self._avoid_until = 0.0
         self._move(Move.RENEWED)
 
     def _begin_trial(self, now: float) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from proxy import balancer
 from proxy.balancer import Load
-from proxy.breaker import AVOID, Breaker, Change, State
+from proxy.breaker import Breaker, Change, State
 from proxy.registry import Endpoint, Model
 from proxy.retries import Budget
 from proxy.telemetry import BreakerChanged, Sink
@@ -94,14 +94,11 @@ class Endpoints:
 
     def rest(self, standing: Standing, seconds: float | None) -> None:
         """An endpoint is too busy: see Breaker.rest."""
-        now = self.clock()
-        standing.breaker.rest(now, seconds)
-        self._avoid_until = now + AVOID
+        self._avoid_until = max(self._avoid_until, standing.breaker.rest(self.clock(), seconds))
 
-    def wait(self, models: Sequence[Model], now: float) -> tuple[float, bool]:
-        """Return the seconds until one of the ready endpoints may be asked, and whether all just want a rest."""
-        breakers = [s.breaker for m in models for s in self._ready_of(m)]
-        return min((b.wait(now) for b in breakers), default=0.0), all(b.rests(now) for b in breakers)
+    def wait(self, models: Sequence[Model], now: float) -> float:
+        """Return the seconds until one of the endpoints that are ready may be asked."""
+        return min((s.breaker.wait(now) for m in models for s in self._ready_of(m)), default=0.0)
 
     def _ready_of(self, model: Model) -> list[Standing]:
         ready = self._ready.get(model.name)

@@ -21,7 +21,6 @@ PolyvoxError
 │   ├── NotReady               503, come back in a moment
 │   ├── EngineStopped          503, somebody has to do something
 │   ├── Unavailable            503, nothing that could answer is asked now
-│   ├── Resting                429, whatever could answer wants a rest
 │   └── GatewayTimeout         504
 └── UpstreamError              an endpoint did not give a whole, valid answer
     ├── InvalidRequest         we refused to send it: a header or path that could smuggle; nothing was sent
@@ -241,18 +240,6 @@ class Unavailable(RequestError):
 
     def __init__(self, model: str, wait: float) -> None:
         super().__init__(f"The model {model!r} is not available: it has failed too often just now; try again soon.")
-        self.retry_after = max(1, math.ceil(wait))
-
-
-class Resting(RequestError):
-    """Every endpoint that could answer has asked for no more requests for a while."""
-
-    status = 429
-    type = "rate_limit_error"
-    code = "rate_limit_exceeded"
-
-    def __init__(self, model: str, wait: float) -> None:
-        super().__init__(f"The model {model!r} takes no more requests for now; try again in {math.ceil(wait)} s.")
         self.retry_after = max(1, math.ceil(wait))
 
 

@@ -27,7 +27,6 @@ from proxy.errors import (
     ErrorEvent,
     NotReady,
     RequestError,
-    Resting,
     Unavailable,
     UpstreamError,
     UpstreamFailed,
@@ -299,8 +298,7 @@ class Walk:
         if not model.ready():
             # Why it failed is for whoever runs the server (`polyvox engines list`): a log's tail may hold paths.
             return EngineStopped(model.name, model.state)
-        wait, rests = endpoints.wait([m for _, m in self._models()], endpoints.clock())
-        return (Resting if rests else Unavailable)(model.name, wait)
+        return Unavailable(model.name, endpoints.wait([m for _, m in self._models()], endpoints.clock()))
 
     # A stream that breaks
 

@@ -66,7 +66,7 @@ def change(own: "memoryview[float]", at: int, event: BreakerChanged) -> None:
 
 def finish(own: "memoryview[float]", at: int, event: RequestFinished) -> None:
     """Count what was answered in the place of others."""
-    own[at + _STOOD_IN] += event.level > 0
+    own[at + _STOOD_IN] += event.level > 0 and event.error is None
     own[at + _RESUMED] += event.resumed
 
 
