@@ -74,6 +74,9 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     media_domains: tuple[str, ...] = ()
 
 
+Balance = Literal["predicted_ttft", "least_loaded", "round_robin", "weighted_random", "adaptive"]
+
+
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server that somebody else runs. model: its own name for the model; the model's name if left out.
 

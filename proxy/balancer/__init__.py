@@ -1,0 +1,156 @@
+"""Which endpoint of a model gets the next request."""
+
+from collections.abc import Mapping, Sequence
+from random import random
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from proxy.balancer import policies, prefixes
+from proxy.balancer.board import Board
+from proxy.balancer.load import LIVE, PREFILLED, PRIOR_RATE, SECONDS, SLOW, Ask, Lease, Load, Scale
+from proxy.balancer.policies import Chance
+from proxy.balancer.prefixes import Prompt
+from proxy.config import Balance
+
+__all__ = ["Ask", "Balancer", "Board", "Lease", "Load", "Prompt"]
+
+_GLANCE = 0.002  # seconds for which what the other workers have under way is taken to stand
+_LOOK = 0.25  # seconds between two looks at what was learned
+
+
+class Candidate(Protocol):
+    """An endpoint. most: requests that it may have in flight, None for any number."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def max_in_flight(self) -> int | None: ...
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+class _Group:
+    """The endpoints of one model."""
+
+    def __init__(self, model: str, names: Sequence[str], policy: Balance, board: Board) -> None:
+        self.model = model
+        self.policy = policy
+        self._board = board
+        self.table = board.table(model)
+        scale = self.scale = Scale()
+        # All mutable state: the loads, the number of the last lease, and when they were last brought up to date.
+        self.loads = {
+            name: Load(board.live(model, i), board.slow(model, i), index=i, scale=scale) for i, name in enumerate(names)
+        }
+        self.everything = list(self.loads.values())
+        self.number = 0
+        self._glanced = self._looked = float("-inf")
+
+    def __repr__(self) -> str:
+        return f"<_Group {self.model} {self.policy} {self.everything!r}>"
+
+    def update(self, now: float) -> None:
+        """Take in what the other workers have done, and what was learned."""
+        if self._board.shared and now - self._glanced >= _GLANCE:
+            self._glanced = now
+            sums = self._board.live_sums(self.model)
+            for i, load in enumerate(self.everything):
+                load.sum_up(sums[i * LIVE : (i + 1) * LIVE])
+        if now - self._looked >= _LOOK:
+            self._looked = now
+            self._look(now)
+
+    def _look(self, now: float) -> None:
+        for load in self.everything:
+            load.fade(now)
+        sums = self._board.slow_sums(self.model)
+        prefilled, seconds = sum(sums[PREFILLED::SLOW]), sum(sums[SECONDS::SLOW])
+        mean = (prefilled + PRIOR_RATE) / (seconds + 1.0)
+        for i, load in enumerate(self.everything):
+            load.learn(sums[i * SLOW : (i + 1) * SLOW], mean)
+
+
+class Balancer:
+    """Chooses endpoints for one worker. A model with one endpoint costs a count and nothing else."""
+
+    def __init__(
+        self, endpoints: Mapping[str, Sequence[str]], policy: Mapping[str, Balance], board: Board,
+        chance: Chance = random,
+    ) -> None:  # fmt: skip
+        """endpoints: all names that a model's endpoints may have. policy: of each model."""
+        self._chance = chance
+        # All mutable state: the endpoints of each model.
+        self._groups = {model: _Group(model, names, policy[model], board) for model, names in endpoints.items()}
+
+    def __repr__(self) -> str:
+        return f"<Balancer {list(self._groups.values())!r}>"
+
+    def prompt(self, model: str, fields: Mapping[str, msgspec.Raw], salt: str | None = None) -> Prompt | None:
+        """Return the prompt of a request as `pick` wants it: None where it makes no difference, at no cost."""
+        return None if self._groups[model].table is None else prefixes.read(fields, salt)
+
+    def pick(
+        self, model: str, candidates: Sequence[C], prompt: Prompt | None, now: float, *, streamed: bool = True
+    ) -> tuple[C, Lease] | None:
+        """Choose one of the candidates and take a lease; None if all have as many requests as they may have.
+
+        now: seconds of a clock that never goes back; the lease wants the same. prompt: see `prompt`.
+        """
+        group = self._groups[model]
+        group.number += 1
+        if len(group.everything) == 1:
+            only = group.everything[0]
+            if not candidates or _is_full(candidates[0], only):
+                return None
+            return candidates[0], only.lease(None, now, group.number)
+        group.update(now)
+        able, loads = _able(candidates, group.loads)
+        if not able:
+            return None
+        if prompt is None:
+            i = self._choose(group.policy, loads, now)
+            return able[i], loads[i].lease(None, now, group.number)
+        i, ask = self._predict(group, loads, prompt, now, streamed=streamed)
+        lease = loads[i].lease(ask, now, group.number)
+        return able[i], lease
+
+    def _choose(self, policy: Balance, loads: Sequence[Load], now: float) -> int:
+        if policy == "round_robin":
+            return policies.round_robin(loads)
+        if policy == "weighted_random":
+            return policies.weighted_random(loads, self._chance)
+        if policy == "adaptive":
+            return policies.adaptive(loads, now)
+        return policies.least_loaded(loads)
+
+    def _predict(
+        self, group: _Group, loads: Sequence[Load], prompt: Prompt, now: float, *, streamed: bool
+    ) -> tuple[int, Ask]:
+        """Choose by predicted_ttft, note the prompt where it goes, and say what it asks there."""
+        table, all_loads = group.table, group.everything
+        assert table is not None
+        for load in loads:
+            load.expire(now)
+        found = table.found(prompt, [load.clock for load in all_loads], [load.capacity for load in all_loads])
+        per_byte, size = group.scale.tokens_per_byte, prompt.size
+        uncached = [max(size - load.trust * found[load.index], 1) * per_byte for load in loads]
+        i = policies.predicted_ttft(loads, uncached, self._chance)
+        load = loads[i]
+        table.note(prompt, load.index, load.advance(size - found[load.index]))
+        return i, Ask(size, size * per_byte, uncached[i], streamed)
+
+
+def _able(candidates: Sequence[C], loads: Mapping[str, Load]) -> tuple[list[C], list[Load]]:
+    """Return the candidates that may have one more request, and their loads."""
+    able = [(c, load) for c in candidates if not _is_full(c, load := loads[c.name])]
+    return [c for c, _ in able], [load for _, load in able]
+
+
+def _is_full(candidate: Candidate, load: Load) -> bool:
+    return candidate.max_in_flight is not None and load.in_flight >= candidate.max_in_flight

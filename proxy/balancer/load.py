@@ -1,0 +1,222 @@
+"""What is under way at one endpoint, and what it has shown of itself."""
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# Doubles of an endpoint that each worker writes for itself and sums over all. Those read for each pick:
+IN_FLIGHT, TOKENS, CLOCK, LIVE = range(4)
+# Those looked at a few times a second; the last five are read from the engine's own metrics by one worker:
+PREFILLED, SECONDS, FOUND, ASKED, FOREIGN, KV_USAGE, CAPACITY, DISTRUST, SLOW = range(9)
+
+_HALF_LIFE = 30.0  # seconds; of what was learned of an endpoint's speed
+_ERROR_HALF_LIFE = 10.0
+_PENALTY = 2.0  # requests that a failure counts for, as in the seed's adaptive selection; a success takes one off
+_LAST_TEN = 0.1  # weight of the newest answer in the mean of about the last ten
+
+
+class Scale:
+    """How many tokens the bytes of a model's prompts make, learned from what its answers say they used."""
+
+    __slots__ = ("_bytes", "_tokens")
+
+    def __init__(self) -> None:
+        # All mutable state: sums over prompts, older ones counting less; at first 4 bytes a token.
+        self._bytes, self._tokens = 4000.0, 1000.0
+
+    def __repr__(self) -> str:
+        return f"<Scale {self.tokens_per_byte:.3f} tokens per byte>"
+
+    @property
+    def tokens_per_byte(self) -> float:
+        return self._tokens / self._bytes
+
+    def learn(self, size: int, tokens: int) -> None:
+        """A prompt of so many bytes had so many tokens."""
+        self._bytes = 0.99 * self._bytes + size
+        self._tokens = 0.99 * self._tokens + tokens
+
+
+class Load:
+    """What is under way at one endpoint in all workers, as far as this one knows, and how fast the endpoint is.
+
+    in_flight: requests. tokens: of prompts, those that no cache has, sent and not yet computed. clock: bytes of prompts
+    that came new into its cache. rate: tokens of prompts it computes in a second. foreign: requests that others sent it.
+    kv_usage: share of its cache in use by running requests. capacity: bytes of prompts that its cache holds.
+    trust: share of what we take for cached that is. response_time: mean seconds of recent answers, 0.0 for none yet.
+    """
+
+    __slots__ = (
+        "_failures", "_failures_at", "_learned_at", "_live", "_plain", "_slow", "capacity", "clock", "foreign", "in_flight",
+        "index", "kv_usage", "last", "rate", "response_time", "scale", "tokens", "trust", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        live: "memoryview[float] | None" = None,
+        slow: "memoryview[float] | None" = None,
+        *,
+        index: int = 0,
+        weight: float = 1.0,
+        scale: Scale | None = None,
+    ) -> None:
+        """live, slow: this worker's doubles of the endpoint, LIVE and SLOW of them; memory of its own if left out."""
+        self.index = index
+        self.weight = weight
+        self.scale = scale or Scale()
+        # All mutable state: the doubles; what they and those of the other workers came to when last summed up, and has
+        # changed since; the number of the last lease; leases whose first token will not be seen, by when it is due;
+        # how answers were of late, and when that was last faded.
+        self._live = live if live is not None else memoryview(bytearray(8 * LIVE)).cast("d")
+        self._slow = slow if slow is not None else memoryview(bytearray(8 * SLOW)).cast("d")
+        self.in_flight = 0
+        self.tokens = 0.0
+        self.clock = 0
+        self.rate = PRIOR_RATE
+        self.foreign = 0.0
+        self.kv_usage = 0.0
+        self.capacity = PRIOR_CAPACITY
+        self.trust = 1.0
+        self.last = 0
+        self._plain: list[tuple[float, int, Lease]] = []
+        self.response_time = 0.0
+        self._failures = 0.0
+        self._failures_at = 0.0
+        self._learned_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Load in_flight={self.in_flight} tokens={self.tokens:.0f} rate={self.rate:.0f}/s>"
+
+    # Taking and giving back
+
+    def lease(self, ask: "Ask | None" = None, now: float = 0.0, number: int = 0) -> "Lease":
+        """Count one more request here until the lease is released. number: grows with each lease of the model."""
+        self.in_flight += 1
+        self._live[IN_FLIGHT] += 1
+        self.last = number
+        if ask is None:
+            return Lease(self, _NOTHING, now, 0.0)
+        self._add(ask.uncached)
+        self._slow[FOUND] += ask.tokens - ask.uncached
+        self._slow[ASKED] += ask.tokens
+        lease = Lease(self, ask, now, self.tokens)
+        if not ask.streamed:
+            heapq.heappush(self._plain, (now + self.tokens / self.rate, number, lease))
+        return lease
+
+    def advance(self, size: int) -> int:
+        """Move the clock by the bytes that come new into the cache; return what it shows."""
+        self.clock += size
+        self._live[CLOCK] += size
+        return self.clock
+
+    def expire(self, now: float) -> None:
+        """Answers that are no streams do not show their first token: take it for done when it was due."""
+        while self._plain and self._plain[0][0] <= now:
+            heapq.heappop(self._plain)[2].token(None)
+
+    def _add(self, tokens: float) -> None:
+        self.tokens += tokens
+        self._live[TOKENS] += tokens
+
+    def _end(self) -> None:
+        self.in_flight -= 1
+        self._live[IN_FLIGHT] -= 1
+
+    # Learning
+
+    def sum_up(self, live: Sequence[float]) -> None:
+        """Take the sums over all workers for the doubles that change with each request."""
+        self.in_flight, self.tokens, self.clock = int(live[IN_FLIGHT]), live[TOKENS], int(live[CLOCK])
+
+    def learn(self, slow: Sequence[float], mean: float) -> None:
+        """Take the sums over all workers for the rest. mean: the rate of all endpoints of the model together.
+
+        The mean counts as a second of observation: what was seen of an endpoint fades, so one that was slow once
+        comes to be taken for an ordinary one, and is tried again.
+        """
+        self.rate = (slow[PREFILLED] + mean * _PRIOR_SECONDS) / (slow[SECONDS] + _PRIOR_SECONDS)
+        self.foreign = slow[FOREIGN]
+        self.kv_usage = slow[KV_USAGE]
+        tokens = slow[CAPACITY]
+        self.capacity = int(tokens / self.scale.tokens_per_byte) if tokens else PRIOR_CAPACITY
+        self.trust = 1.0 - slow[DISTRUST]
+
+    def fade(self, now: float) -> None:
+        """Let what was learned count for less."""
+        factor = 0.5 ** ((now - self._learned_at) / _HALF_LIFE)
+        self._learned_at = now
+        self._slow[PREFILLED] *= factor
+        self._slow[SECONDS] *= factor
+
+    def _prefilled(self, tokens: float, seconds: float) -> None:
+        self._slow[PREFILLED] += tokens
+        self._slow[SECONDS] += seconds
+
+    def _answered(self, seconds: float, now: float, *, failed: bool) -> None:
+        failures = self.failures(now)
+        self._failures = failures + _PENALTY if failed else max(failures - 1.0, 0.0)
+        self._failures_at = now
+        if not failed:
+            mean = self.response_time or seconds
+            self.response_time = mean + _LAST_TEN * (seconds - mean)
+
+    def failures(self, now: float) -> float:
+        """Return how many requests the failures of late count for; they fade."""
+        if not self._failures:
+            return 0.0
+        return self._failures * 0.5 ** ((now - self._failures_at) / _ERROR_HALF_LIFE)
+
+
+class Ask(NamedTuple):
+    """What a request asks of the endpoint chosen. tokens: of its prompt, uncached: those of them to be computed."""
+
+    size: int
+    tokens: float
+    uncached: float
+    streamed: bool
+
+
+class Lease:
+    """One request at one endpoint. `release()` may be called any number of times; it counts once."""
+
+    __slots__ = ("_ahead", "_ask", "_load", "_pending", "_since")
+
+    def __init__(self, load: Load, ask: Ask, since: float, ahead: float) -> None:
+        # All mutable state: the load until released, and the tokens still to be computed.
+        self._load: Load | None = load
+        self._pending = ask.uncached
+        self._ask = ask
+        self._since = since
+        self._ahead = ahead
+
+    def __repr__(self) -> str:
+        return f"<Lease {'held' if self._load else 'released'} {self._pending:.0f} tokens pending>"
+
+    def token(self, now: float | None) -> None:
+        """The first token is here: the prompt is computed. now: None if that is only supposed."""
+        load = self._load
+        if load is None or not self._pending:
+            return
+        load._add(-self._pending)
+        self._pending = 0.0
+        if now is not None and self._ask.streamed and now > self._since:
+            load._prefilled(self._ahead, now - self._since)
+
+    def release(self, now: float = 0.0, *, failed: bool = False, tokens_in: int = 0) -> None:
+        """The request is over. failed: by the endpoint's fault. tokens_in: of the prompt, if the answer told."""
+        load = self._load
+        if load is None:
+            return
+        self.token(None)
+        self._load = None
+        load._end()
+        load._answered(now - self._since, now, failed=failed)
+        if tokens_in and self._ask.size:
+            load.scale.learn(self._ask.size, tokens_in)
+
+
+_NOTHING = Ask(0, 0.0, 0.0, True)
+PRIOR_RATE = 5000.0  # tokens a second, of an endpoint of which nothing is known yet
+_PRIOR_SECONDS = 1.0
+PRIOR_CAPACITY = 2_000_000  # bytes of prompts: half a million tokens, as the cache of a GPU with 80 GB has
