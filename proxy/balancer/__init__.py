@@ -6,16 +6,30 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from proxy.balancer import policies, prefixes
+from proxy.balancer import gauges, policies, prefixes
 from proxy.balancer.board import Board
-from proxy.balancer.load import LIVE, PREFILLED, PRIOR_RATE, SECONDS, SLOW, Ask, Lease, Load, Scale
+from proxy.balancer.gauges import Gauges, Seen
+from proxy.balancer.load import (
+    ASKED,
+    DISTRUST,
+    FOUND,
+    LIVE,
+    PREFILLED,
+    PRIOR_RATE,
+    SECONDS,
+    SLOW,
+    Ask,
+    Lease,
+    Load,
+    Scale,
+    Told,
+)
 from proxy.balancer.policies import Chance
 from proxy.balancer.prefixes import Prompt
 from proxy.config import Balance
 
 __all__ = ["Ask", "Balancer", "Board", "Lease", "Load", "Prompt"]
 
-_GLANCE = 0.002  # seconds for which what the other workers have under way is taken to stand
 _LOOK = 0.25  # seconds between two looks at what was learned
 
 
@@ -38,18 +52,22 @@ C = TypeVar("C", bound=Candidate)
 class _Group:
     """The endpoints of one model."""
 
-    def __init__(self, model: str, names: Sequence[str], policy: Balance, board: Board) -> None:
+    def __init__(self, model: str, names: Sequence[str], policy: Balance, board: Board, glance: float) -> None:
         self.model = model
         self.policy = policy
         self._board = board
+        self._glance = glance
         self.table = board.table(model)
         scale = self.scale = Scale()
-        # All mutable state: the loads, the number of the last lease, and when they were last brought up to date.
+        # All mutable state: the loads, the number of the last lease, what was last seen of each endpoint's cache, and
+        # when all was last brought up to date.
         self.loads = {
-            name: Load(board.live(model, i), board.slow(model, i), index=i, scale=scale) for i, name in enumerate(names)
+            name: Load(board.live(model, i), board.slow(model, i), board.newest(model, i), index=i, scale=scale)
+            for i, name in enumerate(names)
         }
         self.everything = list(self.loads.values())
         self.number = 0
+        self._seen = [Seen() for _ in names]
         self._glanced = self._looked = float("-inf")
 
     def __repr__(self) -> str:
@@ -57,14 +75,19 @@ class _Group:
 
     def update(self, now: float) -> None:
         """Take in what the other workers have done, and what was learned."""
-        if self._board.shared and now - self._glanced >= _GLANCE:
+        if now - self._glanced >= self._glance:
             self._glanced = now
-            sums = self._board.live_sums(self.model)
-            for i, load in enumerate(self.everything):
-                load.sum_up(sums[i * LIVE : (i + 1) * LIVE])
+            self.update_live()
         if now - self._looked >= _LOOK:
             self._looked = now
             self._look(now)
+
+    def update_live(self) -> None:
+        """Take in what the other workers have under way."""
+        if self._board.shared:
+            sums = self._board.live_sums(self.model)
+            for i, load in enumerate(self.everything):
+                load.sum_up(sums[i * LIVE : (i + 1) * LIVE])
 
     def _look(self, now: float) -> None:
         for load in self.everything:
@@ -75,18 +98,33 @@ class _Group:
         for i, load in enumerate(self.everything):
             load.learn(sums[i * SLOW : (i + 1) * SLOW], mean)
 
+    def told(self, name: str, said: Gauges | None) -> None:
+        """Take what an engine says of itself; None if it does not answer."""
+        load = self.loads[name]
+        if said is None:
+            load.told(Told())
+            return
+        self.update_live()
+        slow = self._board.slow_sums(self.model)[load.index * SLOW : (load.index + 1) * SLOW]
+        now = Seen(said.queries, said.hits, slow[ASKED], slow[FOUND])
+        load.told(gauges.judge(said, load.in_flight, now, self._seen[load.index], slow[DISTRUST]))
+        self._seen[load.index] = now
+
 
 class Balancer:
     """Chooses endpoints for one worker. A model with one endpoint costs a count and nothing else."""
 
     def __init__(
         self, endpoints: Mapping[str, Sequence[str]], policy: Mapping[str, Balance], board: Board,
-        chance: Chance = random,
+        chance: Chance = random, glance: float = 0.0,
     ) -> None:  # fmt: skip
-        """endpoints: all names that a model's endpoints may have. policy: of each model."""
+        """endpoints: all names that a model's endpoints may have. policy: of each model.
+
+        glance: seconds for which what the other workers have under way is taken to stand; 0: it is read for each pick.
+        """
         self._chance = chance
         # All mutable state: the endpoints of each model.
-        self._groups = {model: _Group(model, names, policy[model], board) for model, names in endpoints.items()}
+        self._groups = {model: _Group(model, names, policy[model], board, glance) for model, names in endpoints.items()}
 
     def __repr__(self) -> str:
         return f"<Balancer {list(self._groups.values())!r}>"
@@ -113,18 +151,22 @@ class Balancer:
         able, loads = _able(candidates, group.loads)
         if not able:
             return None
-        if prompt is None:
-            i = self._choose(group.policy, loads, now)
+        if prompt is None or group.table is None:
+            i = self._choose(group.policy, able, loads, now)
             return able[i], loads[i].lease(None, now, group.number)
         i, ask = self._predict(group, loads, prompt, now, streamed=streamed)
         lease = loads[i].lease(ask, now, group.number)
         return able[i], lease
 
-    def _choose(self, policy: Balance, loads: Sequence[Load], now: float) -> int:
+    def told(self, model: str, endpoint: str, said: Gauges | None) -> None:
+        """Take what the engine behind an endpoint says of itself, None if nothing. One worker does so for all."""
+        self._groups[model].told(endpoint, said)
+
+    def _choose(self, policy: Balance, able: Sequence[Candidate], loads: Sequence[Load], now: float) -> int:
         if policy == "round_robin":
             return policies.round_robin(loads)
         if policy == "weighted_random":
-            return policies.weighted_random(loads, self._chance)
+            return policies.weighted_random([c.weight for c in able], self._chance)
         if policy == "adaptive":
             return policies.adaptive(loads, now)
         return policies.least_loaded(loads)

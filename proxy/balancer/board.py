@@ -13,7 +13,8 @@ _DOUBLE, _INTEGER = 8, 4  # bytes
 class Board:
     """Doubles for each endpoint and worker, and a table of prefixes for each model that wants one.
 
-    Each worker writes doubles of its own only and sums those of all; the tables are everybody's.
+    Each worker writes doubles of its own only and sums those of all; the tables, and a double for each endpoint with the
+    time of its newest first token, are everybody's.
     """
 
     def __init__(
@@ -29,17 +30,19 @@ class Board:
         self._sizes = {model: len(names) for model, names in endpoints.items()}
         self._slow_at, self._part, self._workers = count * LIVE, count * (LIVE + SLOW), workers
         doubles = self._part * workers * _DOUBLE
+        shared = doubles + count * _DOUBLE
         integers = {model: PrefixTable.size(self._sizes[model]) * _INTEGER for model in tables}
-        size = max(doubles + sum(integers.values()), _DOUBLE)
+        size = max(shared + sum(integers.values()), _DOUBLE)
         if memory >= 0:
             os.ftruncate(memory, size)
         # All mutable state: the memory. This worker's doubles start at 0: whoever had its place before is dead.
         everything = memoryview(mmap.mmap(memory, size))
         self._doubles = everything[:doubles].cast("d")
+        self._newest = everything[doubles:shared].cast("d")
         self._own = self._doubles[worker * self._part : (worker + 1) * self._part]
         self._own[:] = memoryview(bytes(len(self._own) * _DOUBLE)).cast("d")
         self._tables: dict[str, PrefixTable] = {}
-        at = doubles
+        at = shared
         for model, length in integers.items():
             self._tables[model] = PrefixTable(everything[at : at + length].cast("I"), self._sizes[model])
             at += length
@@ -64,6 +67,11 @@ class Board:
         """Return this worker's other doubles of an endpoint."""
         at = self._slow_at + (self._first[model] + index) * SLOW
         return self._own[at : at + SLOW]
+
+    def newest(self, model: str, index: int) -> "memoryview[float]":
+        """Return the double with the time of the newest first token of an endpoint, which all workers write."""
+        at = self._first[model] + index
+        return self._newest[at : at + 1]
 
     def live_sums(self, model: str) -> list[float]:
         """Return the sums over all workers, LIVE for each endpoint of a model."""

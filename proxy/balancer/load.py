@@ -1,15 +1,15 @@
 """What is under way at one endpoint, and what it has shown of itself."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # Doubles of an endpoint that each worker writes for itself and sums over all. Those read for each pick:
 IN_FLIGHT, TOKENS, CLOCK, LIVE = range(4)
-# Those looked at a few times a second; the last five are read from the engine's own metrics by one worker:
-PREFILLED, SECONDS, FOUND, ASKED, FOREIGN, KV_USAGE, CAPACITY, DISTRUST, SLOW = range(9)
+# Those looked at a few times a second; the last five are told by the engine itself, to one worker:
+PREFILLED, SECONDS, REQUESTS, ASKED, FOUND, FOREIGN, WAITING, KV_USAGE, CAPACITY, DISTRUST, SLOW = range(11)
 
-_HALF_LIFE = 30.0  # seconds; of what was learned of an endpoint's speed
+_HALF_LIFE = 60.0  # seconds; of what was learned of an endpoint's speed
 _ERROR_HALF_LIFE = 10.0
 _PENALTY = 2.0  # requests that a failure counts for, as in the seed's adaptive selection; a success takes one off
 _LAST_TEN = 0.1  # weight of the newest answer in the mean of about the last ten
@@ -41,39 +41,46 @@ class Load:
     """What is under way at one endpoint in all workers, as far as this one knows, and how fast the endpoint is.
 
     in_flight: requests. tokens: of prompts, those that no cache has, sent and not yet computed. clock: bytes of prompts
-    that came new into its cache. rate: tokens of prompts it computes in a second. foreign: requests that others sent it.
+    that came new into its cache. rate: tokens of prompts it computes in a second. foreign: requests that others than
+    this server sent it. foreign_tokens: of prompts of theirs that wait.
     kv_usage: share of its cache in use by running requests. capacity: bytes of prompts that its cache holds.
     trust: share of what we take for cached that is. response_time: mean seconds of recent answers, 0.0 for none yet.
     """
 
     __slots__ = (
-        "_failures", "_failures_at", "_learned_at", "_live", "_plain", "_slow", "capacity", "clock", "foreign", "in_flight",
-        "index", "kv_usage", "last", "rate", "response_time", "scale", "tokens", "trust", "weight",
+        "_failures", "_failures_at", "_learned_at", "_live", "_newest", "_plain", "_slow", "capacity", "clock", "foreign",
+        "foreign_tokens", "freed", "in_flight", "index", "kv_usage", "last", "rate", "response_time", "scale", "tokens",
+        "trust",
     )  # fmt: skip
 
     def __init__(
         self,
         live: "memoryview[float] | None" = None,
         slow: "memoryview[float] | None" = None,
+        newest: "memoryview[float] | None" = None,
         *,
         index: int = 0,
-        weight: float = 1.0,
         scale: Scale | None = None,
     ) -> None:
-        """live, slow: this worker's doubles of the endpoint, LIVE and SLOW of them; memory of its own if left out."""
+        """live, slow: this worker's doubles of the endpoint, LIVE and SLOW of them. newest: a double of all workers.
+
+        Memory of its own if left out. index: of the endpoint in its model.
+        """
         self.index = index
-        self.weight = weight
         self.scale = scale or Scale()
         # All mutable state: the doubles; what they and those of the other workers came to when last summed up, and has
-        # changed since; the number of the last lease; leases whose first token will not be seen, by when it is due;
-        # how answers were of late, and when that was last faded.
-        self._live = live if live is not None else memoryview(bytearray(8 * LIVE)).cast("d")
-        self._slow = slow if slow is not None else memoryview(bytearray(8 * SLOW)).cast("d")
+        # changed since; when the endpoint's newest first token came to any worker; whom to tell that a request is over;
+        # the number of the last lease; leases whose first token will not be seen, by when it is due; how answers were
+        # of late, and when that was last faded.
+        self._live = _doubles(LIVE) if live is None else live
+        self._slow = _doubles(SLOW) if slow is None else slow
+        self._newest = _doubles(1) if newest is None else newest
+        self.freed: Callable[[], None] | None = None
         self.in_flight = 0
         self.tokens = 0.0
         self.clock = 0
         self.rate = PRIOR_RATE
-        self.foreign = 0.0
+        self.foreign = self.foreign_tokens = 0.0
         self.kv_usage = 0.0
         self.capacity = PRIOR_CAPACITY
         self.trust = 1.0
@@ -95,11 +102,12 @@ class Load:
         self._live[IN_FLIGHT] += 1
         self.last = number
         if ask is None:
-            return Lease(self, _NOTHING, now, 0.0)
+            return Lease(self, _NOTHING, now)
         self._add(ask.uncached)
-        self._slow[FOUND] += ask.tokens - ask.uncached
+        self._slow[REQUESTS] += 1
         self._slow[ASKED] += ask.tokens
-        lease = Lease(self, ask, now, self.tokens)
+        self._slow[FOUND] += ask.tokens - ask.uncached
+        lease = Lease(self, ask, now)
         if not ask.streamed:
             heapq.heappush(self._plain, (now + self.tokens / self.rate, number, lease))
         return lease
@@ -122,6 +130,8 @@ class Load:
     def _end(self) -> None:
         self.in_flight -= 1
         self._live[IN_FLIGHT] -= 1
+        if self.freed is not None:
+            self.freed()
 
     # Learning
 
@@ -132,11 +142,12 @@ class Load:
     def learn(self, slow: Sequence[float], mean: float) -> None:
         """Take the sums over all workers for the rest. mean: the rate of all endpoints of the model together.
 
-        The mean counts as a second of observation: what was seen of an endpoint fades, so one that was slow once
+        The mean counts as some seconds of observation: what was seen of an endpoint fades, so one that was slow once
         comes to be taken for an ordinary one, and is tried again.
         """
         self.rate = (slow[PREFILLED] + mean * _PRIOR_SECONDS) / (slow[SECONDS] + _PRIOR_SECONDS)
         self.foreign = slow[FOREIGN]
+        self.foreign_tokens = slow[WAITING] * (slow[ASKED] - slow[FOUND]) / max(slow[REQUESTS], 1.0)
         self.kv_usage = slow[KV_USAGE]
         tokens = slow[CAPACITY]
         self.capacity = int(tokens / self.scale.tokens_per_byte) if tokens else PRIOR_CAPACITY
@@ -149,9 +160,18 @@ class Load:
         self._slow[PREFILLED] *= factor
         self._slow[SECONDS] *= factor
 
-    def _prefilled(self, tokens: float, seconds: float) -> None:
+    def _prefilled(self, tokens: float, since: float, now: float) -> None:
+        """A prompt was computed. An engine computes one after the other, so this one's turn began with the end of the
+        one before: such spans do not overlap, and their sum is the time in which all these tokens were computed."""
+        newest = self._newest[0]
+        self._newest[0] = now
         self._slow[PREFILLED] += tokens
-        self._slow[SECONDS] += seconds
+        self._slow[SECONDS] += max(now - max(since, newest), 0.0)
+
+    def told(self, said: "Told") -> None:
+        """Take what the engine says of itself. Whoever asks is the only worker that does."""
+        self._slow[FOREIGN], self._slow[WAITING], self._slow[KV_USAGE] = said.foreign, said.waiting, said.kv_usage
+        self._slow[CAPACITY], self._slow[DISTRUST] = said.capacity, said.distrust
 
     def _answered(self, seconds: float, now: float, *, failed: bool) -> None:
         failures = self.failures(now)
@@ -177,31 +197,43 @@ class Ask(NamedTuple):
     streamed: bool
 
 
+class Told(NamedTuple):
+    """What an engine's own metrics say, see gauges. waiting: of the foreign requests, those whose turn has not come.
+
+    capacity: tokens, 0.0 if unknown. distrust: share of what we take for cached that is not.
+    """
+
+    foreign: float = 0.0
+    waiting: float = 0.0
+    kv_usage: float = 0.0
+    capacity: float = 0.0
+    distrust: float = 0.0
+
+
 class Lease:
     """One request at one endpoint. `release()` may be called any number of times; it counts once."""
 
-    __slots__ = ("_ahead", "_ask", "_load", "_pending", "_since")
+    __slots__ = ("_ask", "_load", "_pending", "_since")
 
-    def __init__(self, load: Load, ask: Ask, since: float, ahead: float) -> None:
+    def __init__(self, load: Load, ask: Ask, since: float) -> None:
         # All mutable state: the load until released, and the tokens still to be computed.
         self._load: Load | None = load
         self._pending = ask.uncached
         self._ask = ask
         self._since = since
-        self._ahead = ahead
 
     def __repr__(self) -> str:
         return f"<Lease {'held' if self._load else 'released'} {self._pending:.0f} tokens pending>"
 
     def token(self, now: float | None) -> None:
         """The first token is here: the prompt is computed. now: None if that is only supposed."""
-        load = self._load
-        if load is None or not self._pending:
+        load, pending = self._load, self._pending
+        if load is None or not pending:
             return
-        load._add(-self._pending)
         self._pending = 0.0
-        if now is not None and self._ask.streamed and now > self._since:
-            load._prefilled(self._ahead, now - self._since)
+        load._add(-pending)
+        if now is not None and self._ask.streamed:
+            load._prefilled(pending, self._since, now)
 
     def release(self, now: float = 0.0, *, failed: bool = False, tokens_in: int = 0) -> None:
         """The request is over. failed: by the endpoint's fault. tokens_in: of the prompt, if the answer told."""
@@ -210,13 +242,17 @@ class Lease:
             return
         self.token(None)
         self._load = None
-        load._end()
         load._answered(now - self._since, now, failed=failed)
         if tokens_in and self._ask.size:
             load.scale.learn(self._ask.size, tokens_in)
+        load._end()
+
+
+def _doubles(count: int) -> "memoryview[float]":
+    return memoryview(bytearray(8 * count)).cast("d")
 
 
 _NOTHING = Ask(0, 0.0, 0.0, True)
 PRIOR_RATE = 5000.0  # tokens a second, of an endpoint of which nothing is known yet
-_PRIOR_SECONDS = 1.0
+_PRIOR_SECONDS = 3.0
 PRIOR_CAPACITY = 2_000_000  # bytes of prompts: half a million tokens, as the cache of a GPU with 80 GB has

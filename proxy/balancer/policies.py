@@ -26,14 +26,14 @@ def least_loaded(loads: Sequence[Load]) -> int:
     return min(range(len(loads)), key=lambda i: (loads[i].in_flight, loads[i].last))
 
 
-def weighted_random(loads: Sequence[Load], chance: Chance) -> int:
+def weighted_random(weights: Sequence[float], chance: Chance) -> int:
     """An endpoint by chance, in proportion to its weight."""
-    left = chance() * sum(load.weight for load in loads)
-    for i, load in enumerate(loads):
-        left -= load.weight
+    left = chance() * sum(weights)
+    for i, weight in enumerate(weights):
+        left -= weight
         if left < 0:
             return i
-    return max(range(len(loads)), key=lambda i: loads[i].weight)  # all weights are 0, or rounding left a rest
+    return max(range(len(weights)), key=lambda i: weights[i])  # all weights are 0, or rounding left a rest
 
 
 def adaptive(loads: Sequence[Load], now: float) -> int:
@@ -62,7 +62,8 @@ def predicted_ttft(loads: Sequence[Load], uncached: Sequence[float], chance: Cha
     best, soonest = 0, float("inf")
     for i, load in enumerate(loads):
         in_flight = (load.in_flight + load.foreign + 1.0) / (_FULL - load.kv_usage)
-        seconds = (load.tokens + _OWN * uncached[i] + _EACH * in_flight) / load.rate * (1.0 + _JITTER * chance())
+        waiting = load.tokens + load.foreign_tokens
+        seconds = (waiting + _OWN * uncached[i] + _EACH * in_flight) / load.rate * (1.0 + _JITTER * chance())
         if seconds < soonest:
             best, soonest = i, seconds
     return best
