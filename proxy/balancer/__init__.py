@@ -1,6 +1,7 @@
 """Which endpoint of a model gets the next request."""
 
 from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
 from random import random
 from typing import Protocol, TypeVar
 
@@ -13,11 +14,9 @@ from proxy.balancer.load import (
     ASKED,
     DISTRUST,
     FOUND,
-    LIVE,
     PREFILLED,
     PRIOR_RATE,
     SECONDS,
-    SLOW,
     Ask,
     Lease,
     Load,
@@ -59,14 +58,16 @@ class _Group:
         self._glance = glance
         self.table = board.table(model)
         scale = self.scale = Scale()
-        # All mutable state: the loads, the number of the last lease, what was last seen of each endpoint's cache, and
-        # when all was last brought up to date.
+        # All mutable state: the loads, the number of the last lease, leases whose first token will not be seen by when
+        # it is due, what was last seen of each endpoint's cache, and when all was last brought up to date.
         self.loads = {
             name: Load(board.live(model, i), board.slow(model, i), board.newest(model, i), index=i, scale=scale)
             for i, name in enumerate(names)
         }
         self.everything = list(self.loads.values())
+        self.only = self.everything[0] if len(self.everything) == 1 else None
         self.number = 0
+        self._unseen: list[tuple[float, int, Lease]] = []
         self._seen = [Seen() for _ in names]
         self._glanced = self._looked = float("-inf")
 
@@ -75,7 +76,7 @@ class _Group:
 
     def update(self, now: float) -> None:
         """Take in what the other workers have done, and what was learned."""
-        if now - self._glanced >= self._glance:
+        if self._board.shared and now - self._glanced >= self._glance:
             self._glanced = now
             self.update_live()
         if now - self._looked >= _LOOK:
@@ -84,19 +85,26 @@ class _Group:
 
     def update_live(self) -> None:
         """Take in what the other workers have under way."""
-        if self._board.shared:
-            sums = self._board.live_sums(self.model)
-            for i, load in enumerate(self.everything):
-                load.sum_up(sums[i * LIVE : (i + 1) * LIVE])
+        in_flight, tokens, clocks = self._board.live_sums(self.model)
+        for i, load in enumerate(self.everything):
+            load.in_flight, load.tokens, load.clock = in_flight[i], tokens[i], clocks[i]
 
     def _look(self, now: float) -> None:
         for load in self.everything:
             load.fade(now)
         sums = self._board.slow_sums(self.model)
-        prefilled, seconds = sum(sums[PREFILLED::SLOW]), sum(sums[SECONDS::SLOW])
-        mean = (prefilled + PRIOR_RATE) / (seconds + 1.0)
-        for i, load in enumerate(self.everything):
-            load.learn(sums[i * SLOW : (i + 1) * SLOW], mean)
+        mean = (sum(sums[PREFILLED]) + PRIOR_RATE) / (sum(sums[SECONDS]) + 1.0)
+        for load, figures in zip(self.everything, zip(*sums, strict=True), strict=True):
+            load.learn(figures, mean)
+
+    def expect(self, lease: Lease, due: float) -> None:
+        """The first token of this one will not be seen: answers that are no streams come whole."""
+        heappush(self._unseen, (due, self.number, lease))
+
+    def expire(self, now: float) -> None:
+        """Take prompts whose first token is not seen for computed when that is due."""
+        while self._unseen and self._unseen[0][0] <= now:
+            heappop(self._unseen)[2].token(None)
 
     def told(self, name: str, said: Gauges | None) -> None:
         """Take what an engine says of itself; None if it does not answer."""
@@ -104,8 +112,9 @@ class _Group:
         if said is None:
             load.told(Told())
             return
-        self.update_live()
-        slow = self._board.slow_sums(self.model)[load.index * SLOW : (load.index + 1) * SLOW]
+        if self._board.shared:
+            self.update_live()
+        slow = [figure[load.index] for figure in self._board.slow_sums(self.model)]
         now = Seen(said.queries, said.hits, slow[ASKED], slow[FOUND])
         load.told(gauges.judge(said, load.in_flight, now, self._seen[load.index], slow[DISTRUST]))
         self._seen[load.index] = now
@@ -142,8 +151,7 @@ class Balancer:
         """
         group = self._groups[model]
         group.number += 1
-        if len(group.everything) == 1:
-            only = group.everything[0]
+        if (only := group.only) is not None:
             if not candidates or _is_full(candidates[0], only):
                 return None
             return candidates[0], only.lease(None, now, group.number)
@@ -156,6 +164,8 @@ class Balancer:
             return able[i], loads[i].lease(None, now, group.number)
         i, ask = self._predict(group, loads, prompt, now, streamed=streamed)
         lease = loads[i].lease(ask, now, group.number)
+        if not streamed:
+            group.expect(lease, now + loads[i].tokens / loads[i].rate)
         return able[i], lease
 
     def told(self, model: str, endpoint: str, said: Gauges | None) -> None:
@@ -177,21 +187,26 @@ class Balancer:
         """Choose by predicted_ttft, note the prompt where it goes, and say what it asks there."""
         table, all_loads = group.table, group.everything
         assert table is not None
-        for load in loads:
-            load.expire(now)
-        found = table.found(prompt, [load.clock for load in all_loads], [load.capacity for load in all_loads])
+        group.expire(now)
+        found = table.found(prompt, [load.clock - load.capacity for load in all_loads])
         per_byte, size = group.scale.tokens_per_byte, prompt.size
-        uncached = [max(size - load.trust * found[load.index], 1) * per_byte for load in loads]
+        whole = size * per_byte
+        uncached = [whole - load.trust * per_byte * found[load.index] for load in loads]
         i = policies.predicted_ttft(loads, uncached, self._chance)
         load = loads[i]
         table.note(prompt, load.index, load.advance(size - found[load.index]))
-        return i, Ask(size, size * per_byte, uncached[i], streamed)
+        return i, Ask(size, whole, uncached[i], streamed)
 
 
 def _able(candidates: Sequence[C], loads: Mapping[str, Load]) -> tuple[list[C], list[Load]]:
     """Return the candidates that may have one more request, and their loads."""
-    able = [(c, load) for c in candidates if not _is_full(c, load := loads[c.name])]
-    return [c for c, _ in able], [load for _, load in able]
+    able, theirs = [], []
+    for candidate in candidates:
+        load, most = loads[candidate.name], candidate.max_in_flight
+        if most is None or load.in_flight < most:
+            able.append(candidate)
+            theirs.append(load)
+    return able, theirs
 
 
 def _is_full(candidate: Candidate, load: Load) -> bool:

@@ -61,9 +61,9 @@ def predicted_ttft(loads: Sequence[Load], uncached: Sequence[float], chance: Cha
     """
     best, soonest = 0, float("inf")
     for i, load in enumerate(loads):
-        in_flight = (load.in_flight + load.foreign + 1.0) / (_FULL - load.kv_usage)
-        waiting = load.tokens + load.foreign_tokens
-        seconds = (waiting + _OWN * uncached[i] + _EACH * in_flight) / load.rate * (1.0 + _JITTER * chance())
+        each = _EACH / (_FULL - load.kv_usage)
+        tokens = load.tokens + load.foreign_tokens + _OWN * uncached[i] + each * (load.in_flight + load.foreign + 1.0)
+        seconds = tokens / load.rate * (1.0 + _JITTER * chance())
         if seconds < soonest:
             best, soonest = i, seconds
     return best

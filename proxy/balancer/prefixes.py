@@ -7,8 +7,10 @@ standard library; a collision costs one request a less than ideal endpoint.
 """
 
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import inf
 from zlib import crc32
 
 import msgspec
@@ -43,10 +45,14 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 def read(fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> Prompt:
-    """Return the prompt that the fields of a request make. Equal text under another salt has other marks."""
-    parts = [bytes(value) for name in _FIELDS if (value := fields.get(name)) is not None]
+    """Return the prompt that the fields of a request make. Equal text under another salt, ours or the client's, has
+    other marks, as engines keep it apart."""
+    parts = [bytes(fields[name]) for name in _FIELDS if name in fields]
     text = parts[0] if len(parts) == 1 else b"".join(parts)
-    return Prompt(_size(text), _marks(text, crc32(salt.encode()) if salt else 0))
+    mark = crc32(salt.encode()) if salt else 0
+    if "cache_salt" in fields:
+        mark = crc32(bytes(fields["cache_salt"]), mark)
+    return Prompt(_size(text), _marks(text, mark))
 
 
 def _size(text: bytes) -> int:
@@ -70,18 +76,18 @@ def _marks(text: bytes, mark: int) -> list[int]:
 class PrefixTable:
     """Which endpoint was sent which prefix, and when: a table of fixed size, in memory that all workers may share.
 
-    A row is a mark and, for each endpoint, what its clock showed when it was last sent the prefix, 0 for never. The clock
+    A row is a mark and, for each endpoint, what its clock showed when it was last sent the prefix. The clock
     of an endpoint counts what came new into its cache, so a prefix is still there while the clock has moved by less
     than the cache holds: least recently used without a list. A mark that shares its row with another pushes it out, which costs
     one block's accuracy, since each longer prefix has a mark of its own. Several writers need no lock: the worst that
     can happen is a wrong guess.
     """
 
-    def __init__(self, memory: "memoryview[int]", endpoints: int) -> None:
-        """Use memory of unsigned 32-bit numbers, `size(endpoints)` of them."""
+    def __init__(self, memory: "memoryview[float]", endpoints: int) -> None:
+        """Use memory of `size(endpoints)` doubles."""
         self._width = 1 + endpoints
         self._rows = len(memory) // self._width
-        self._blank = memoryview(bytes(4 * endpoints)).cast("I")
+        self._never = memoryview(array("d", [-inf] * endpoints))
         # All mutable state: the table.
         self._table = memory
 
@@ -90,11 +96,12 @@ class PrefixTable:
 
     @staticmethod
     def size(endpoints: int) -> int:
-        """Return how many numbers the table for so many endpoints has."""
+        """Return how many doubles the table for so many endpoints has."""
         return ROWS * (1 + endpoints)
 
-    def found(self, prompt: Prompt, clocks: Sequence[int], capacities: Sequence[int]) -> list[int]:
-        """Return how many bytes of a prompt each endpoint has, by its clock and the bytes that its cache holds."""
+    def found(self, prompt: Prompt, oldest: Sequence[float]) -> list[int]:
+        """Return how many bytes of a prompt each endpoint has. oldest: what its clock showed as the oldest that is still
+        in its cache came: what it shows now, less the bytes that the cache holds."""
         table, width, rows = self._table, self._width, self._rows
         found = [0] * (width - 1)
         missing: Sequence[int] = range(width - 1)
@@ -103,27 +110,26 @@ class PrefixTable:
             if table[at] != prompt.marks[i]:
                 continue
             seen = table[at + 1 : at + width].tolist()
-            here = [e for e in missing if seen[e] and clocks[e] - seen[e] & _ALL < capacities[e]]
-            if here:
-                end = _ENDS[i]
-                for e in here:
+            end, still = _ENDS[i], []
+            for e in missing:
+                if seen[e] > oldest[e]:
                     found[e] = end
-                missing = [e for e in missing if e not in here]
-                if not missing:
-                    break
+                else:
+                    still.append(e)
+            if not still:
+                break
+            missing = still
         return found
 
-    def note(self, prompt: Prompt, endpoint: int, clock: int) -> None:
+    def note(self, prompt: Prompt, endpoint: int, clock: float) -> None:
         """The prompt was sent to an endpoint, whose clock shows so much now."""
-        table, width, rows, blank = self._table, self._width, self._rows, self._blank
-        clock = clock & _ALL or 1
+        table, width, rows, never = self._table, self._width, self._rows, self._never
         for mark in prompt.marks:
             at = mark % rows * width
             if table[at] != mark:
                 table[at] = mark
-                table[at + 1 : at + width] = blank
+                table[at + 1 : at + width] = never
             table[at + 1 + endpoint] = clock
 
 
-ROWS = 1 << 16
-_ALL = 0xFFFFFFFF
+ROWS = 1 << 15
