@@ -80,7 +80,7 @@ class Board:
     def _sums(self, model: str, first: int, figures: int) -> list[list[float]]:
         size = self._sizes[model]
         at = self._first[model] * (LIVE + SLOW) + first * size
-        sums = self._doubles[at : at + figures * size].tolist()
+        sums: list[float] = self._doubles[at : at + figures * size].tolist()
         for start in range(at + self._part, len(self._doubles), self._part):
             sums = list(map(add, sums, self._doubles[start : start + figures * size].tolist()))
         return [sums[i * size : (i + 1) * size] for i in range(figures)]

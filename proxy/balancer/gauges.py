@@ -66,7 +66,7 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def judge(gauges: Gauges, in_flight: int, now: Seen, before: Seen, distrust: float) -> Told:
+def judge(gauges: Gauges, in_flight: float, now: Seen, before: Seen, distrust: float) -> Told:
     """Return what the gauges tell of an endpoint.
 
     in_flight: the requests that we have there; what it has more is of others. now, before: the counters at this look and

@@ -1,5 +1,6 @@
 """What is under way at one endpoint, and what it has shown of itself."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -124,104 +125,6 @@ class Load:
 
     # Learning
 
-    def learn(self, size: int, tokens: int) -> None:
-        """A prompt of so many bytes had so many tokens."""
-        self._bytes = 0.99 * self._bytes + size
-        self._tokens = 0.99 * self._tokens + tokens
-
-
-class Load:
-    """What is under way at one endpoint in all workers, as far as this one knows, and how fast the endpoint is.
-
-    in_flight: requests. tokens: of prompts, those that no cache has, sent and not yet computed. clock: bytes of prompts
-    that came new into its cache. rate: tokens of prompts it computes in a second. foreign: requests that others than
-    this server sent it. foreign_tokens: of prompts of theirs that wait.
-    kv_usage: share of its cache in use by running requests. capacity: bytes of prompts that its cache holds.
-    trust: share of what we take for cached that is. response_time: mean seconds of recent answers, 0.0 for none yet.
-    """
-
-    __slots__ = (
-        "_failures", "_failures_at", "_learned_at", "_live", "_newest", "_slow", "capacity", "clock", "foreign",
-        "foreign_tokens", "freed", "in_flight", "index", "kv_usage", "last", "rate", "response_time", "scale", "tokens",
-        "trust",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        live: "memoryview[float] | None" = None,
-        slow: "memoryview[float] | None" = None,
-        newest: "memoryview[float] | None" = None,
-        *,
-        index: int = 0,
-        scale: Scale | None = None,
-    ) -> None:
-        """live, slow: this worker's doubles of the endpoint, LIVE and SLOW of them. newest: a double of all workers.
-
-        Memory of its own if left out. index: of the endpoint in its model.
-        """
-        self.index = index
-        self.scale = scale or Scale()
-        # All mutable state: the doubles; what they and those of the other workers came to when last summed up, and has
-        # changed since; when the endpoint's newest first token came to any worker; whom to tell that a request is over;
-        # the number of the last lease; how answers were of late, and when that was last faded.
-        self._live = _doubles(LIVE) if live is None else live
-        self._slow = _doubles(SLOW) if slow is None else slow
-        self._newest = _doubles(1) if newest is None else newest
-        self.freed: Callable[[], None] | None = None
-        self.in_flight = 0.0
-        self.tokens = 0.0
-        self.clock = 0.0
-        self.rate = PRIOR_RATE
-        self.foreign = self.foreign_tokens = 0.0
-        self.kv_usage = 0.0
-        self.capacity = PRIOR_CAPACITY
-        self.trust = 1.0
-        self.last = 0
-        self.response_time = 0.0
-        self._failures = 0.0
-        self._failures_at = 0.0
-        self._learned_at = 0.0
-
-    def __repr__(self) -> str:
-        return f"<Load in_flight={self.in_flight:.0f} tokens={self.tokens:.0f} rate={self.rate:.0f}/s>"
-
-    # Taking and giving back
-
-    def lease(self, ask: "Ask | None" = None, now: float = 0.0, number: int = 0) -> "Lease":
-        """Count one more request here until the lease is released. number: grows with each lease of the model."""
-        self.in_flight += 1
-        self._live[IN_FLIGHT] += 1
-        self.last = number
-        if ask is None:
-            return Lease(self, _NOTHING, now)
-        self._add(ask.uncached)
-        self._slow[REQUESTS] += 1
-        self._slow[ASKED] += ask.tokens
-        self._slow[FOUND] += ask.tokens - ask.uncached
-        return Lease(self, ask, now)
-
-    def advance(self, size: int) -> float:
-        """Move the clock by the bytes that come new into the cache; return what it shows."""
-        self.clock += size
-        self._live[CLOCK] += size
-        return self.clock
-
-    def _add(self, tokens: float) -> None:
-        self.tokens += tokens
-        self._live[TOKENS] += tokens
-
-    def _end(self) -> None:
-        self.in_flight -= 1
-        self._live[IN_FLIGHT] -= 1
-        if self.freed is not None:
-            self.freed()
-
-    # Learning
-
-    def sum_up(self, live: Sequence[float], at: int) -> None:
-        """Take the sums over all workers for the doubles that change with each request; they begin at `at`."""
-        self.in_flight, self.tokens, self.clock = int(live[at]), live[at + TOKENS], int(live[at + CLOCK])
-
     def learn(self, slow: Sequence[float], mean: float) -> None:
         """Take the sums over all workers for the rest. mean: the rate of all endpoints of the model together.
 
@@ -238,7 +141,7 @@ class Load:
 
     def fade(self, now: float) -> None:
         """Let what was learned count for less."""
-        factor = 0.5 ** ((now - self._learned_at) / _HALF_LIFE)
+        factor = math.exp2((self._learned_at - now) / _HALF_LIFE)
         self._learned_at = now
         self._slow[PREFILLED] *= factor
         self._slow[SECONDS] *= factor
@@ -268,7 +171,7 @@ class Load:
         """Return how many requests the failures of late count for; they fade."""
         if not self._failures:
             return 0.0
-        return self._failures * 0.5 ** ((now - self._failures_at) / _ERROR_HALF_LIFE)
+        return self._failures * math.exp2((self._failures_at - now) / _ERROR_HALF_LIFE)
 
 
 class Ask(NamedTuple):
