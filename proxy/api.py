@@ -16,8 +16,10 @@ from proxy import sse
 from proxy.auth import Caller, Keys
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
+from proxy.deadline import Deadline
 from proxy.errors import (
     BodyTooLarge,
+    DeadlinePassed,
     MethodNotAllowed,
     RequestError,
     UnknownPath,
@@ -119,6 +121,7 @@ class Api:
             await exchange.close()
 
     async def _answer(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        deadline = Deadline.of(scope["headers"])
         body = await _read_body(scope, receive, self._server.max_body_bytes)
         if body is None:
             return
@@ -131,25 +134,28 @@ class Api:
             body=body,
             request_id=visit.request_id,
             salt=visit.caller.salt,
+            deadline=deadline,
         )
         await self._relay(request, send, visit.exchange)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
-        reply = await self._chat.answer(request, exchange)
+        answering = self._chat.answer(request, exchange)
+        reply = await (request.deadline.bound(answering) if request.deadline else answering)
         headers = [*reply.headers, (b"x-request-id", request.request_id)]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         try:
-            async for data in reply.body:
+            async for data in request.deadline.bounded(reply.body) if request.deadline else reply.body:
                 if passing := reply.read(data):
                     await send({"type": "http.response.body", "body": passing, "more_body": True})
             rest = reply.end()
-        except UpstreamError as e:
+        except (UpstreamError, DeadlinePassed) as e:
             exchange.fail(e)
             # The head is sent, so the status can no longer tell. A stream says it in an event of its own;
             # any other body stays short of its length and the connection is cut: never a false success.
             if not reply.is_event_stream:
                 raise _Cut from e
-            rest = reply.broken() + sse.error_event(upstream_failure(e).envelope())
+            told = upstream_failure(e) if isinstance(e, UpstreamError) else e
+            rest = reply.broken() + sse.error_event(told.envelope())
         await send({"type": "http.response.body", "body": rest, "more_body": False})
         exchange.complete()
 

@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from proxy import accounting, balancer, failures, forbidden, limits, relay, wire
-from proxy.balancer import Load
+from proxy import accounting, failures, forbidden, limits, relay, wire
+from proxy.admission import Admission
+from proxy.balancer import Lease
+from proxy.deadline import Deadline
 from proxy.errors import EngineStopped, NotReady
 from proxy.limits import Limits
 from proxy.probe import LiveRegistry
@@ -30,7 +32,7 @@ _SALTED = frozenset(
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A request as it reached us, its body whole. salt: see auth.Caller."""
+    """A request as it reached us, its body whole. salt: see auth.Caller. deadline: when its client will be gone."""
 
     method: str
     path: str
@@ -39,6 +41,7 @@ class Incoming(msgspec.Struct, frozen=True):
     body: bytes
     request_id: bytes
     salt: str | None = None
+    deadline: Deadline | None = None
 
 
 class Chat:
@@ -50,23 +53,23 @@ class Chat:
         transport_to: Callable[[Endpoint], Transport],
         start_wait: float,
         most: Limits,
+        admission: Admission,
     ) -> None:
         self._live = live
         self._transport_to = transport_to
         self._start_wait = start_wait
         self._limits = most
-        # All mutable state: the load of every endpoint ever used, by its name.
-        self._loads: dict[str, Load] = {}
+        self._admission = admission
 
     def __repr__(self) -> str:
-        return f"<Chat {self._loads!r}>"
+        return f"<Chat {self._admission!r}>"
 
     async def answer(self, request: Incoming, exchange: Exchange) -> Reply:
         """Answer one request. Whatever is taken for it is given back when the exchange is closed.
 
         1. Read the few fields that decide where it goes.
         2. Find the model behind the name, refuse what it may not be asked; wait while its engine starts.
-        3. Pick an endpoint, take a lease, send.
+        3. Pick an endpoint, take a lease, both perhaps after a wait, send.
         4. Give back the answer, under the name that was asked for.
         """
         form = request.path in _FORMS and relay.content_type(request.headers).startswith(b"multipart/form-data")
@@ -75,14 +78,11 @@ class Chat:
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._limits)
         forbidden.check(envelope.fields, asked.policy, self._limits)
         model = await self._ready(asked, exchange)
-        endpoints = model.ready()
-        loads = [self._load(e) for e in endpoints]
-        chosen = balancer.least_loaded(loads)
-        endpoint = endpoints[chosen]
+        endpoint, lease = await self._admitted(model, envelope, request.salt, exchange)
         body = _upstream_body(request, envelope, endpoint, form=form)
         asking = _asking_for_usage(body, envelope, exchange.operation) if endpoint.stream_usage else None
         headers = _upstream_headers(request, endpoint)
-        exchange.begin(endpoint.name, loads[chosen].lease())
+        exchange.begin(endpoint.name, lease)
         answer = await self._transport_to(endpoint).send(
             request.method.encode(),
             endpoint.path(request.path).encode() + (b"?" + request.query if request.query else b""),
@@ -118,11 +118,26 @@ class Chat:
         # Why it failed is for whoever runs the server (`polyvox engines list`): a log's tail may hold paths.
         raise EngineStopped(name, model.state)
 
-    def _load(self, endpoint: Endpoint) -> Load:
-        load = self._loads.get(endpoint.name)
-        if load is None:
-            load = self._loads[endpoint.name] = Load()
-        return load
+    async def _admitted(
+        self, model: Model, envelope: wire.Envelope, salt: str | None, exchange: Exchange
+    ) -> tuple[Endpoint, Lease]:
+        """Return an endpoint and a lease on it. Raises TooBusy where all are full for too long."""
+        prompt = self._admission.prompt(model.name, envelope.fields, salt)
+        picked = self._admission.pick(model.name, model.ready(), prompt, streamed=envelope.stream)
+        if picked is None:
+            picked = await self._admission.wait(
+                model.name, lambda: self._candidates(model.name), prompt, streamed=envelope.stream
+            )
+            exchange.waited()
+        exchange.hold(picked[1])
+        return picked
+
+    def _candidates(self, name: str) -> tuple[Endpoint, ...]:
+        """Return the endpoints that take requests now. Raises EngineStopped if there will be none."""
+        model = self._live.current.resolve(name)
+        if not model.ready() and _settled(model):
+            raise EngineStopped(name, model.state)
+        return model.ready()
 
 
 def _settled(model: Model) -> bool:
@@ -136,6 +151,8 @@ def _content_type(request: Incoming) -> bytes:
 def _upstream_headers(request: Incoming, endpoint: Endpoint) -> Headers:
     headers = [(name, value) for name, value in request.headers if name in _PASSED]
     headers.append((b"x-request-id", request.request_id))
+    if request.deadline is not None and endpoint.pass_timeout:
+        headers.append(request.deadline.header())
     if endpoint.api_key:
         headers.append((b"authorization", b"Bearer " + endpoint.api_key.reveal().encode()))
     return headers

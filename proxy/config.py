@@ -16,7 +16,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from engines.spec import EngineSettings, EngineSpec, Seconds
+from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import media
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
@@ -77,9 +77,21 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 Balance = Literal["predicted_ttft", "least_loaded", "round_robin", "weighted_random", "adaptive"]
 
 
+class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Requests that wait while every endpoint has as many as it may have (`max_in_flight`), first come first served.
+
+    size: how many may wait in each worker; 0: none. timeout: seconds that each waits at most. More get 429.
+    """
+
+    size: Annotated[int, Meta(ge=0)] = 1024
+    timeout: Seconds = 30.0
+
+
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server that somebody else runs. model: its own name for the model; the model's name if left out.
 
+    max_in_flight: requests that it gets at once; any number if left out. pass_timeout: true for another Polyvox, which
+    is told how long the client still waits (`x-request-timeout`).
     stream_usage: false for a server that refuses `stream_options`; what its streams use is then not accounted.
     """
 
@@ -89,6 +101,8 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: Annotated[float, Meta(ge=0)] = 1.0
     model: str | None = None
     stream_usage: bool = True
+    max_in_flight: Count | None = None
+    pass_timeout: bool = False
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,13 +116,20 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model: one we run (`engine`) or one that somebody else runs (`endpoints`).
 
+    balance: which endpoint, or replica, gets a request, see proxy/balancer/policies.py. queue: who waits for one.
     allow: fields of requests that are refused otherwise, because they reach past the model: chat_template and the like.
     """
 
     engine: EngineSettings | None = None
     endpoints: tuple[EndpointSettings, ...] = ()
     timeouts: Timeouts = Timeouts()
+    balance: Balance = "predicted_ttft"
+    queue: Queue = Queue()
     allow: tuple[str, ...] = ()
+
+    def endpoint_names(self, model: str) -> tuple[str, ...]:
+        """Return the names that the endpoints of a model have: in headers, metrics and commands."""
+        return tuple(f"{model}/{i}" for i in range(self.engine.replicas if self.engine else len(self.endpoints)))
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

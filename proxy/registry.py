@@ -17,7 +17,8 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     address: `unix:/path` or `scheme://host:port`. base_path: what its API's paths start with instead of /v1,
     or None for an engine of ours, which has the same paths as we have. serves: its own name for the model.
-    stream_usage: whether it can be asked what a stream used.
+    stream_usage: whether it can be asked what a stream used. max_in_flight: requests that it gets at once, None for
+    any number. pass_timeout: whether it is told how long the client still waits.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     api_key: Secret | None = None
     weight: float = 1.0
     stream_usage: bool = True
+    max_in_flight: int | None = None
+    pass_timeout: bool = True
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
@@ -90,12 +93,16 @@ def build(config: Config, fleet: FleetStatus) -> Registry:
 
 
 def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], server: Server) -> Model:
+    assert model.engine
+    most = model.engine.max_in_flight
     ranked = sorted(engines, key=lambda status: _BEST_FIRST.index(status.state))
     best = ranked[0] if ranked else None
     return Model(
         name=name,
         endpoints=tuple(
-            Endpoint(name=s.id, model=name, address=s.address, serves=name, state=s.state) for s in ranked if s.address
+            Endpoint(name=s.id, model=name, address=s.address, serves=name, state=s.state, max_in_flight=most)
+            for s in ranked
+            if s.address
         ),
         state=best.state if best else "starting",
         detail=best.detail if best else "",
@@ -122,4 +129,6 @@ def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
         api_key=settings.api_key,
         weight=settings.weight,
         stream_usage=settings.stream_usage,
+        max_in_flight=settings.max_in_flight,
+        pass_timeout=settings.pass_timeout,
     )

@@ -17,6 +17,8 @@ _SERVERS_OWN = frozenset(
     (b"date", b"server", b"via", b"x-powered-by", b"set-cookie", b"location", b"alt-svc", b"x-request-id",
      b"strict-transport-security", b"www-authenticate", b"x-polyvox-model", b"x-polyvox-endpoint")
 )  # fmt: skip
+# Errors that say nothing of the endpoint.
+_CLIENTS_OWN = frozenset(("upstream_4xx", "deadline_passed"))
 _DOCUMENT_LIMIT = 256 * 1024 * 1024
 
 
@@ -66,6 +68,10 @@ class Exchange:
         """What passed until now was waiting for others."""
         self._mark = self._clock()
 
+    def hold(self, lease: Lease) -> None:
+        """Whatever becomes of the request, it now has a lease to give back."""
+        self._lease = lease
+
     def begin(self, endpoint: str, lease: Lease) -> None:
         """The request goes to an endpoint, now."""
         self.endpoint = endpoint
@@ -88,6 +94,8 @@ class Exchange:
     def token(self) -> None:
         """The first token is here."""
         self._first = self._clock()
+        if self._lease:
+            self._lease.token(self._first)
 
     def fail(self, error: BaseException, status: int = 0) -> None:
         """Something went wrong, on our side or an endpoint's; the client going away is none of it."""
@@ -103,10 +111,12 @@ class Exchange:
         if self._closed:
             return
         self._closed = True
+        finished = self._finished()
         if self._lease:
-            self._lease.release()
+            failed = finished.error is not None and finished.error not in _CLIENTS_OWN
+            self._lease.release(self._clock(), failed=failed, tokens_in=finished.tokens_in)
         try:
-            self._sink.finished(self._finished())
+            self._sink.finished(finished)
         finally:
             if self._answer:
                 await self._answer.close()

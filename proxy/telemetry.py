@@ -51,6 +51,13 @@ class RequestStarted(msgspec.Struct, frozen=True, gc=False):
     endpoint: str
 
 
+class RequestQueued(msgspec.Struct, frozen=True, gc=False):
+    """A request waits, because every endpoint of its model has as many as it may have; or it does no longer."""
+
+    model: str
+    waits: bool
+
+
 class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     """A request is over.
 
@@ -79,6 +86,8 @@ class Sink(Protocol):
     """Takes events. Called on the request path: it must not wait, and must not raise."""
 
     def started(self, event: RequestStarted) -> None: ...
+
+    def queued(self, event: RequestQueued) -> None: ...
 
     def finished(self, event: RequestFinished) -> None: ...
 

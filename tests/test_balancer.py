@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.balancer import Load, least_loaded
+from proxy.balancer import Load
+from proxy.balancer.policies import least_loaded
 
 
 def test_the_endpoint_with_the_fewest_requests_in_flight_is_chosen():

@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from engines.spec import FleetStatus
+from proxy.admission import Admission
+from proxy.app import make_balancer, make_board
 from proxy.chat import Chat, Incoming
-from proxy.config import Config, EndpointSettings, ModelSettings
+from proxy.config import Config, EndpointSettings, ModelSettings, Queue
 from proxy.limits import Limits
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
@@ -58,7 +60,8 @@ def asked(path: str, body: dict[str, object], *, stream_usage: bool = True) -> t
     config = Config(models={"m": ModelSettings(endpoints=(endpoint,))})
     transport = FakeTransport()
     live = LiveRegistry(build(config, FleetStatus(version=0)))
-    chat = Chat(live, lambda endpoint: transport, 1.0, Limits())  # type: ignore[arg-type, return-value]
+    admission = Admission(make_balancer(config, make_board(config)), {"m": Queue()}, Metrics(config))
+    chat = Chat(live, lambda endpoint: transport, 1.0, Limits(), admission)  # type: ignore[arg-type, return-value]
     request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id")
 
     async def story() -> bytes:

@@ -1,6 +1,6 @@
 """Which endpoint of a model gets the next request."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from random import random
 from typing import Protocol, TypeVar
@@ -27,7 +27,7 @@ from proxy.balancer.policies import Chance
 from proxy.balancer.prefixes import Prompt
 from proxy.config import Balance
 
-__all__ = ["Ask", "Balancer", "Board", "Lease", "Load", "Prompt"]
+__all__ = ["Ask", "Balancer", "Board", "Candidate", "Lease", "Load", "Prompt"]
 
 _LOOK = 0.25  # seconds between two looks at what was learned
 
@@ -138,7 +138,7 @@ class Balancer:
     def __repr__(self) -> str:
         return f"<Balancer {list(self._groups.values())!r}>"
 
-    def prompt(self, model: str, fields: Mapping[str, msgspec.Raw], salt: str | None = None) -> Prompt | None:
+    def prompt(self, model: str, fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> Prompt | None:
         """Return the prompt of a request as `pick` wants it: None where it makes no difference, at no cost."""
         return None if self._groups[model].table is None else prefixes.read(fields, salt)
 
@@ -167,6 +167,11 @@ class Balancer:
         if not streamed:
             group.expect(lease, now + loads[i].tokens / loads[i].rate)
         return able[i], lease
+
+    def on_release(self, model: str, freed: Callable[[], None]) -> None:
+        """Have something called whenever a request of this worker for a model is over."""
+        for load in self._groups[model].everything:
+            load.freed = freed
 
     def told(self, model: str, endpoint: str, said: Gauges | None) -> None:
         """Take what the engine behind an endpoint says of itself, None if nothing. One worker does so for all."""

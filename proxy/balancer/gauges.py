@@ -17,7 +17,7 @@ _TELLING = 0.05  # share of prompts that must be expected in a cache before it i
 
 
 class Gauges(NamedTuple):
-    """Requests that run and wait; share of the cache in use; tokens looked up in it and found, ever; tokens it holds."""
+    """Requests that run and wait, the share of the cache in use, tokens looked up and found ever, tokens it holds."""
 
     running: float
     waiting: float
@@ -69,8 +69,8 @@ def _number(text: str) -> float:
 def judge(gauges: Gauges, in_flight: float, now: Seen, before: Seen, distrust: float) -> Told:
     """Return what the gauges tell of an endpoint.
 
-    in_flight: the requests that we have there; what it has more is of others. now, before: the counters at this look and
-    at the one before. distrust: what was told before; the share of our guesses about its cache that were wrong moves it.
+    in_flight: the requests that we have there; what it has more is of others. now, before: the counters at this look
+    and at the one before. distrust: what was told before; the share of our guesses that were wrong moves it.
     """
     foreign = max(gauges.running + gauges.waiting - in_flight, 0.0)
     return Told(

@@ -40,8 +40,8 @@ def adaptive(loads: Sequence[Load], now: float) -> int:
     """The endpoint with the best score: 0.7 for its load, 0.3 for its response time.
 
     load: 1 / (1 + requests in flight + failures of late), where a failure counts 2, a success takes 1 off, and 10
-    seconds halve what is left. time: that of the fastest endpoint / its own mean of about the last ten answers; 1 for one
-    without answers yet. Both are in (0, 1]. Of equals, the one used the longest ago.
+    seconds halve what is left. time: that of the fastest endpoint / its own, a mean of about the last ten answers; 1
+    for one without answers yet. Both are in (0, 1]. Of equals, the one used the longest ago.
     """
     fastest = min((load.response_time for load in loads if load.response_time), default=0.0)
 

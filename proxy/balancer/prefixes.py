@@ -76,11 +76,11 @@ def _marks(text: bytes, mark: int) -> list[int]:
 class PrefixTable:
     """Which endpoint was sent which prefix, and when: a table of fixed size, in memory that all workers may share.
 
-    A row is a mark and, for each endpoint, what its clock showed when it was last sent the prefix. The clock
-    of an endpoint counts what came new into its cache, so a prefix is still there while the clock has moved by less
-    than the cache holds: least recently used without a list. A mark that shares its row with another pushes it out, which costs
-    one block's accuracy, since each longer prefix has a mark of its own. Several writers need no lock: the worst that
-    can happen is a wrong guess.
+    A row is a mark and, for each endpoint, what its clock showed when it was last sent the prefix. The clock of an
+    endpoint counts what came new into its cache, so a prefix is still there while the clock has moved by less than the
+    cache holds: least recently used, without a list. A mark that shares its row with another pushes it out, which
+    costs one block's accuracy, since each longer prefix has a mark of its own. Several writers need no lock: the worst
+    that can happen is a wrong guess.
     """
 
     def __init__(self, memory: "memoryview[float]", endpoints: int) -> None:
@@ -100,8 +100,11 @@ class PrefixTable:
         return ROWS * (1 + endpoints)
 
     def found(self, prompt: Prompt, oldest: Sequence[float]) -> list[int]:
-        """Return how many bytes of a prompt each endpoint has. oldest: what its clock showed as the oldest that is still
-        in its cache came: what it shows now, less the bytes that the cache holds."""
+        """Return how many bytes of a prompt each endpoint has.
+
+        oldest: what each clock showed when the oldest that is still in its cache came, that is what it shows now less
+        the bytes that the cache holds.
+        """
         table, width, rows = self._table, self._width, self._rows
         found = [0] * (width - 1)
         missing: Sequence[int] = range(width - 1)
