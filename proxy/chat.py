@@ -9,7 +9,7 @@ from proxy import accounting, failures, forbidden, limits, relay, wire
 from proxy.admission import Admission
 from proxy.balancer import Lease
 from proxy.deadline import Deadline
-from proxy.errors import EngineStopped, NotReady
+from proxy.errors import EngineStopped, NotReady, RequestError
 from proxy.limits import Limits
 from proxy.probe import LiveRegistry
 from proxy.registry import Endpoint, Model
@@ -113,10 +113,7 @@ class Chat:
             model = self._live.current.resolve(name)
         if model.ready():
             return model
-        if model.state == "starting":
-            raise NotReady(name, model.state, model.detail)
-        # Why it failed is for whoever runs the server (`polyvox engines list`): a log's tail may hold paths.
-        raise EngineStopped(name, model.state)
+        raise _unavailable(model)
 
     async def _admitted(
         self, model: Model, envelope: wire.Envelope, salt: str | None, exchange: Exchange
@@ -133,11 +130,18 @@ class Chat:
         return picked
 
     def _candidates(self, name: str) -> tuple[Endpoint, ...]:
-        """Return the endpoints that take requests now. Raises EngineStopped if there will be none."""
+        """Return the endpoints that take requests now. Raises NotReady or EngineStopped where none does."""
         model = self._live.current.resolve(name)
-        if not model.ready() and _settled(model):
-            raise EngineStopped(name, model.state)
+        if not model.ready():
+            raise _unavailable(model)
         return model.ready()
+
+
+def _unavailable(model: Model) -> RequestError:
+    if model.state == "starting":
+        return NotReady(model.name, model.state, model.detail)
+    # Why it failed is for whoever runs the server (`polyvox engines list`): a log's tail may hold paths.
+    return EngineStopped(model.name, model.state)
 
 
 def _settled(model: Model) -> bool:

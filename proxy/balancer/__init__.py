@@ -151,10 +151,8 @@ class Balancer:
         """
         group = self._groups[model]
         group.number += 1
-        if (only := group.only) is not None:
-            if not candidates or _is_full(candidates[0], only):
-                return None
-            return candidates[0], only.lease(None, now, group.number)
+        if group.only is not None and candidates and candidates[0].max_in_flight is None:
+            return candidates[0], group.only.lease(None, now, group.number)
         group.update(now)
         able, loads = _able(candidates, group.loads)
         if not able:
@@ -212,7 +210,3 @@ def _able(candidates: Sequence[C], loads: Mapping[str, Load]) -> tuple[list[C], 
             able.append(candidate)
             theirs.append(load)
     return able, theirs
-
-
-def _is_full(candidate: Candidate, load: Load) -> bool:
-    return candidate.max_in_flight is not None and load.in_flight >= candidate.max_in_flight

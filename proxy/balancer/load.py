@@ -9,7 +9,7 @@ IN_FLIGHT, TOKENS, CLOCK, LIVE = range(4)
 # Those looked at a few times a second; the last five are told by the engine itself, to one worker:
 PREFILLED, SECONDS, REQUESTS, ASKED, FOUND, FOREIGN, WAITING, KV_USAGE, CAPACITY, DISTRUST, SLOW = range(11)
 
-_HALF_LIFE = 60.0  # seconds; of what was learned of an endpoint's speed
+_HALF_LIFE = 120.0  # seconds; of what was learned of an endpoint's speed
 _ERROR_HALF_LIFE = 10.0
 _PENALTY = 2.0  # requests that a failure counts for, as in the seed's adaptive selection; a success takes one off
 _LAST_TEN = 0.1  # weight of the newest answer in the mean of about the last ten
@@ -128,7 +128,7 @@ class Load:
     def learn(self, slow: Sequence[float], mean: float) -> None:
         """Take the sums over all workers for the rest. mean: the rate of all endpoints of the model together.
 
-        The mean counts as some seconds of observation: what was seen of an endpoint fades, so one that was slow once
+        The mean counts as a second of observation: what was seen of an endpoint fades, so one that was slow once
         comes to be taken for an ordinary one, and is tried again.
         """
         self.rate = (slow[PREFILLED] + mean * _PRIOR_SECONDS) / (slow[SECONDS] + _PRIOR_SECONDS)
@@ -240,5 +240,5 @@ def _doubles(count: int) -> "memoryview[float]":
 
 _NOTHING = Ask(0, 0.0, 0.0, True)
 PRIOR_RATE = 5000.0  # tokens a second, of an endpoint of which nothing is known yet
-_PRIOR_SECONDS = 3.0
+_PRIOR_SECONDS = 1.0
 PRIOR_CAPACITY = 2e6  # bytes of prompts: half a million tokens, as the cache of a GPU with 80 GB has
