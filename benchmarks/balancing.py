@@ -235,8 +235,8 @@ def tables(traces: Sequence[Trace]) -> Iterator[str]:
     ]
     stale += [(talk, "4 workers, one at half speed", Case(workers=4, slow=1))]
     about = (
-        "Each request comes to a worker by chance. Workers see each other's load in shared memory, so 0 s is how it is; "
-        "the rest shows what would happen if they saw it late. The requests of this trace come in bursts every 3 "
+        "Each request comes to a worker by chance. Workers see each other's load in shared memory, so 0 s is how it "
+        "is; the rest shows what would happen if they saw it late. The requests of this trace come in bursts every 3 "
         "seconds, all of one burst in the same moment, so any delay hides a whole burst."
     )
     yield from table("Several workers", about, stale)
@@ -288,9 +288,9 @@ def head() -> Iterator[str]:
     yield from ("# Balancing", "")
     yield (
         "Traces of Mooncake (FAST'25), replayed over simulated engines (`replicas.py`: continuous batching, chunked "
-        "prefill at 9,000 tokens/s, an exact LRU prefix cache) with the proxy's own `Balancer.pick`, which reads prompts "
-        "of 4 bytes a token, sees first tokens and ends, and the engines' gauges once a second. Seconds to the first "
-        f"token, without the first {WARM:.0f} s of the trace; medians of {SEEDS} seeds where chance is in it. "
+        "prefill at 9,000 tokens/s, an exact LRU prefix cache) with the proxy's own `Balancer.pick`, which reads "
+        "prompts of 4 bytes a token, sees first tokens and ends, and the engines' gauges once a second. Seconds to the "
+        f"first token, without the first {WARM:.0f} s of the trace; medians of {SEEDS} seeds where chance is in it. "
         "`make bench-balance` writes this file."
     )
     yield from ("", f"{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores.", "")

@@ -26,23 +26,20 @@ class _Line:
 
     def __init__(self) -> None:
         # All mutable state: who waits and since when, the first first, and the timer that wakes the first.
-        self._waiting: deque[tuple[asyncio.Event, float]] = deque()
+        self.waiting: deque[tuple[asyncio.Event, float]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
-        return f"<_Line {len(self._waiting)} waiting>"
-
-    def __len__(self) -> int:
-        return len(self._waiting)
+        return f"<_Line {len(self.waiting)} waiting>"
 
     def age(self, now: float) -> float:
         """Return for how many seconds the first has waited."""
-        return now - self._waiting[0][1] if self._waiting else 0.0
+        return now - self.waiting[0][1] if self.waiting else 0.0
 
     async def wait(self, take: Callable[[], T | None], since: float) -> T:
         """Wait until all before are gone and `take` gives something. Cancelled, the place is free at once."""
         place = asyncio.Event(), since
-        self._waiting.append(place)
+        self.waiting.append(place)
         self._look_again()
         try:
             while True:
@@ -51,16 +48,16 @@ class _Line:
                 if (taken := take()) is not None:
                     return taken
         finally:
-            self._waiting.remove(place)
+            self.waiting.remove(place)
             self.wake()  # there may be room for the next as well, or it was meant for who has just left
 
     def wake(self) -> None:
         """There may be room: let the first look."""
-        if self._waiting:
-            self._waiting[0][0].set()
+        if self.waiting:
+            self.waiting[0][0].set()
 
     def _look_again(self) -> None:
-        if self._timer is None and self._waiting:
+        if self._timer is None and self.waiting:
             self._timer = asyncio.get_running_loop().call_later(_LOOK, self._tick)
 
     def _tick(self) -> None:
@@ -97,28 +94,28 @@ class Admission:
         return self._balancer.prompt(model, fields, salt)
 
     def pick(
-        self, model: str, candidates: Sequence[C], prompt: Prompt | None = None, *, streamed: bool = True
+        self, model: str, candidates: Sequence[C], prompt: Prompt | None = None, streamed: bool = True
     ) -> tuple[C, Lease] | None:
         """Choose one of the candidates and take a lease; None if all are full, or others have waited before."""
-        if self._lines[model]:
+        if self._lines[model].waiting:
             return None
-        return self._balancer.pick(model, candidates, prompt, self._clock(), streamed=streamed)
+        return self._balancer.pick(model, candidates, prompt, self._clock(), streamed)
 
     async def wait(
-        self, model: str, candidates: Callable[[], Sequence[C]], prompt: Prompt | None = None, *, streamed: bool = True
+        self, model: str, candidates: Callable[[], Sequence[C]], prompt: Prompt | None = None, streamed: bool = True
     ) -> tuple[C, Lease]:
         """Wait for a lease on one of the candidates, in the order of coming. Raises TooBusy.
 
         candidates: asked each time that there may be room, as they change; what it raises, this raises.
         """
         line, queue, now = self._lines[model], self._queues[model], self._clock()
-        if len(line) >= queue.size:
+        if len(line.waiting) >= queue.size:
             raise TooBusy(model, _retry_after(line.age(now)))
         self._sink.queued(RequestQueued(model, waits=True))
         try:
             async with asyncio.timeout(queue.timeout):
                 return await line.wait(
-                    lambda: self._balancer.pick(model, candidates(), prompt, self._clock(), streamed=streamed), now
+                    lambda: self._balancer.pick(model, candidates(), prompt, self._clock(), streamed), now
                 )
         except TimeoutError:
             raise TooBusy(model, _retry_after(self._clock() - now)) from None

@@ -7,7 +7,7 @@ import msgspec
 
 from proxy import accounting, failures, forbidden, limits, relay, wire
 from proxy.admission import Admission
-from proxy.balancer import Lease
+from proxy.balancer import Lease, Prompt
 from proxy.deadline import Deadline
 from proxy.errors import EngineStopped, NotReady, RequestError
 from proxy.limits import Limits
@@ -78,7 +78,10 @@ class Chat:
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._limits)
         forbidden.check(envelope.fields, asked.policy, self._limits)
         model = await self._ready(asked, exchange)
-        endpoint, lease = await self._admitted(model, envelope, request.salt, exchange)
+        prompt = self._admission.prompt(model.name, envelope.fields, request.salt) if len(model.endpoints) > 1 else None
+        picked = self._admission.pick(model.name, model.ready(), prompt, envelope.stream)
+        endpoint, lease = picked or await self._wait(model.name, prompt, envelope, exchange)
+        exchange.hold(lease)
         body = _upstream_body(request, envelope, endpoint, form=form)
         asking = _asking_for_usage(body, envelope, exchange.operation) if endpoint.stream_usage else None
         headers = _upstream_headers(request, endpoint)
@@ -115,18 +118,12 @@ class Chat:
             return model
         raise _unavailable(model)
 
-    async def _admitted(
-        self, model: Model, envelope: wire.Envelope, salt: str | None, exchange: Exchange
+    async def _wait(
+        self, name: str, prompt: Prompt | None, envelope: wire.Envelope, exchange: Exchange
     ) -> tuple[Endpoint, Lease]:
-        """Return an endpoint and a lease on it. Raises TooBusy where all are full for too long."""
-        prompt = self._admission.prompt(model.name, envelope.fields, salt)
-        picked = self._admission.pick(model.name, model.ready(), prompt, streamed=envelope.stream)
-        if picked is None:
-            picked = await self._admission.wait(
-                model.name, lambda: self._candidates(model.name), prompt, streamed=envelope.stream
-            )
-            exchange.waited()
-        exchange.hold(picked[1])
+        """Return an endpoint and a lease on it once there is room. Raises TooBusy where that takes too long."""
+        picked = await self._admission.wait(name, lambda: self._candidates(name), prompt, envelope.stream)
+        exchange.waited()
         return picked
 
     def _candidates(self, name: str) -> tuple[Endpoint, ...]:

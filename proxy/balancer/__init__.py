@@ -64,6 +64,8 @@ class _Group:
             name: Load(board.live(model, i), board.slow(model, i), board.newest(model, i), index=i, scale=scale)
             for i, name in enumerate(names)
         }
+        for load in self.loads.values():
+            load.rated = policy == "adaptive"
         self.everything = list(self.loads.values())
         self.only = self.everything[0] if len(self.everything) == 1 else None
         self.number = 0
@@ -143,7 +145,7 @@ class Balancer:
         return None if self._groups[model].table is None else prefixes.read(fields, salt)
 
     def pick(
-        self, model: str, candidates: Sequence[C], prompt: Prompt | None, now: float, *, streamed: bool = True
+        self, model: str, candidates: Sequence[C], prompt: Prompt | None, now: float, streamed: bool = True
     ) -> tuple[C, Lease] | None:
         """Choose one of the candidates and take a lease; None if all have as many requests as they may have.
 
@@ -152,7 +154,7 @@ class Balancer:
         group = self._groups[model]
         group.number += 1
         if group.only is not None and candidates and candidates[0].max_in_flight is None:
-            return candidates[0], group.only.lease(None, now, group.number)
+            return candidates[0], group.only.lease(None, now)
         group.update(now)
         able, loads = _able(candidates, group.loads)
         if not able:

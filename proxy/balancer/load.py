@@ -42,15 +42,14 @@ class Load:
 
     in_flight: requests. tokens: of prompts, those that no cache has, sent and not yet computed. clock: bytes of prompts
     that came new into its cache. rate: tokens of prompts it computes in a second. foreign: requests that others than
-    this server sent it. foreign_tokens: of prompts of theirs that wait.
-    kv_usage: share of its cache in use by running requests. capacity: bytes of prompts that its cache holds.
+    this server sent it. foreign_tokens: of prompts of theirs that wait. kv_usage: share of its cache in use by running requests. capacity: bytes of prompts that its cache holds.
     trust: share of what we take for cached that is. response_time: mean seconds of recent answers, 0.0 for none yet.
     """
 
     __slots__ = (
         "_failures", "_failures_at", "_learned_at", "_live", "_newest", "_slow", "capacity", "clock", "foreign",
-        "foreign_tokens", "freed", "in_flight", "index", "kv_usage", "last", "rate", "response_time", "scale", "tokens",
-        "trust",
+        "foreign_tokens", "freed", "in_flight", "index", "kv_usage", "last", "rate", "rated", "response_time", "scale",
+        "tokens", "trust",
     )  # fmt: skip
 
     def __init__(
@@ -69,11 +68,13 @@ class Load:
         self.index = index
         self.scale = scale or Scale()
         # All mutable state: the doubles; what they and those of the other workers came to when last summed up, and has
-        # changed since; when the endpoint's newest first token came to any worker; whom to tell that a request is over;
+        # changed since; when the endpoint's newest first token came to any worker; whether answers are rated,
+        # which only one policy wants; whom to tell that a request is over;
         # the number of the last lease; how answers were of late, and when that was last faded.
         self._live = _doubles(LIVE) if live is None else live
         self._slow = _doubles(SLOW) if slow is None else slow
         self._newest = _doubles(1) if newest is None else newest
+        self.rated = True
         self.freed: Callable[[], None] | None = None
         self.in_flight = 0.0
         self.tokens = 0.0
@@ -226,9 +227,11 @@ class Lease:
         load = self._load
         if load is None:
             return
-        self.token(None)
+        if self._pending:
+            self.token(None)
         self._load = None
-        load._answered(now - self._since, now, failed=failed)
+        if load.rated:
+            load._answered(now - self._since, now, failed=failed)
         if tokens_in and self._ask.size:
             load.scale.learn(self._ask.size, tokens_in)
         load._end()
