@@ -239,6 +239,14 @@ def test_a_conversation_stays_where_it_is():
         assert traffic.finish(text) == first
 
 
+def test_a_conversation_about_a_picture_is_cached_as_a_whole_and_no_more():
+    traffic = Traffic(balancer(2), count=2)
+    text = b'"data:image/png;base64,' + b"QUJD" * 100_000 + b'"' + b"what is this? " * 500
+    traffic.finish(text)
+    _, lease = traffic.send(text)
+    assert 0 <= lease._pending < 0.2 * len(b"what is this? " * 500)
+
+
 def test_prompts_that_are_all_new_go_everywhere():
     traffic = Traffic(balancer(4), count=4)
     under_way = [traffic.send(bytes([i]) * 4000)[0] for i in range(40)]

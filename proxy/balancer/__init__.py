@@ -195,11 +195,11 @@ class Balancer:
         group.expire(now)
         found = table.found(prompt, [load.clock - load.capacity for load in all_loads])
         per_byte, size = group.scale.tokens_per_byte, prompt.size
-        whole = size * per_byte
-        uncached = [whole - load.trust * per_byte * found[load.index] for load in loads]
+        whole, each = size * per_byte, prompt.share * per_byte
+        uncached = [whole - load.trust * each * found[load.index] for load in loads]
         i = policies.predicted_ttft(loads, uncached, self._chance)
         load = loads[i]
-        table.note(prompt, load.index, load.advance(size - found[load.index]))
+        table.note(prompt, load.index, load.advance(size - prompt.share * found[load.index]))
         return i, Ask(size, whole, uncached[i], streamed)
 
 

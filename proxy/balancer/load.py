@@ -42,7 +42,8 @@ class Load:
 
     in_flight: requests. tokens: of prompts, those that no cache has, sent and not yet computed. clock: bytes of prompts
     that came new into its cache. rate: tokens of prompts it computes in a second. foreign: requests that others than
-    this server sent it. foreign_tokens: of prompts of theirs that wait. kv_usage: share of its cache in use by running requests. capacity: bytes of prompts that its cache holds.
+    this server sent it. foreign_tokens: of prompts of theirs that wait. kv_usage: share of its cache that running
+    requests use. capacity: bytes of prompts that its cache holds.
     trust: share of what we take for cached that is. response_time: mean seconds of recent answers, 0.0 for none yet.
     """
 
@@ -108,7 +109,7 @@ class Load:
         self._slow[FOUND] += ask.tokens - ask.uncached
         return Lease(self, ask, now)
 
-    def advance(self, size: int) -> float:
+    def advance(self, size: float) -> float:
         """Move the clock by the bytes that come new into the cache; return what it shows."""
         self.clock += size
         self._live[CLOCK] += size

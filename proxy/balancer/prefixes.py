@@ -38,10 +38,15 @@ _SPANS = tuple(pairwise((0, *_ENDS)))
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """The prompt of a request. size: in bytes, without media. marks: of each whole block, first to last."""
+    """The prompt of a request.
+
+    size: in bytes, a picture counted as what it makes the model read. marks: of each whole block, first to last.
+    share: what a byte of the text counts for, less than 1.0 where pictures are in it.
+    """
 
     size: int
     marks: Sequence[int]
+    share: float = 1.0
 
 
 def read(fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> Prompt:
@@ -52,7 +57,8 @@ def read(fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> 
     mark = crc32(salt.encode()) if salt else 0
     if "cache_salt" in fields:
         mark = crc32(bytes(fields["cache_salt"]), mark)
-    return Prompt(_size(text), _marks(text, mark))
+    size = _size(text)
+    return Prompt(size, _marks(text, mark), 1.0 if size == len(text) else min(size / len(text), 1.0))
 
 
 def _size(text: bytes) -> int:
@@ -100,7 +106,7 @@ class PrefixTable:
         return ROWS * (1 + endpoints)
 
     def found(self, prompt: Prompt, oldest: Sequence[float]) -> list[int]:
-        """Return how many bytes of a prompt each endpoint has.
+        """Return how many bytes of the text of a prompt each endpoint has.
 
         oldest: what each clock showed when the oldest that is still in its cache came, that is what it shows now less
         the bytes that the cache holds.
