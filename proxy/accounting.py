@@ -198,9 +198,25 @@ class StreamAccount:
     def feed(self, data: bytes) -> bytes:
         if not self.begun and self._first_token in data:
             self.begun = True
-        if self._events.rest or self._kept or not data.endswith(b"\n\n") or _tells(data):
-            return b"".join([self._pass(event) for event in self._events.feed(data)])
-        return data
+        passing = b""
+        if self._events.rest or self._kept:
+            end = data.find(b"\n\n") + 2
+            passing, data = (self._each(data[:end]), data[end:]) if end > 1 else (b"", data)
+            if self._events.rest or self._kept:
+                return passing + self._each(data)
+        end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
+        if end == len(data) and not _tells(data):
+            return passing + data if passing else data
+        return passing + self._from_first_that_tells(data[:end]) + self._each(data[end:])
+
+    def _from_first_that_tells(self, data: bytes) -> bytes:
+        """Pass whole events, and look into them from the first that may tell something."""
+        found = [at for mark in _MARKS if (at := data.find(mark)) >= 0]
+        start = data.rfind(b"\n\n", 0, min(found)) + 2 if found else len(data)
+        return data[:start] + self._each(data[start:]) if start > 1 else self._each(data)
+
+    def _each(self, data: bytes) -> bytes:
+        return b"".join([self._pass(event) for event in self._events.feed(data)])
 
     def end(self) -> bytes:
         rest, self._events.rest = self._events.rest, b""
@@ -233,6 +249,9 @@ class StreamAccount:
 _NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null').search
 
 
+_MARKS = _USAGE, _FINISH, _FINISH_SPACED, _ERROR = b'"usage"', b'finish_reason":"', b'finish_reason": "', b'"error"'
+
+
 def _tells(data: bytes) -> bool:
     """Say whether bytes can tell of usage, an end or an error.
 
@@ -240,12 +259,7 @@ def _tells(data: bytes) -> bool:
     time, for want of a start that is rare.
     """
     rfind = data.rfind
-    return (
-        rfind(b'"usage"') >= 0
-        or rfind(b'finish_reason":"') >= 0
-        or rfind(b'finish_reason": "') >= 0
-        or rfind(b'"error"') >= 0
-    )
+    return rfind(_USAGE) >= 0 or rfind(_FINISH) >= 0 or rfind(_FINISH_SPACED) >= 0 or rfind(_ERROR) >= 0
 
 
 def _read_event(event: bytes) -> _Part | None:

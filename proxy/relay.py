@@ -1,12 +1,12 @@
 """Bytes out: the answer of an endpoint on its way to the client, and one close() that settles everything."""
 
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from time import perf_counter
 
-from proxy import sse, wire
+from proxy import wire
 from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount
 from proxy.balancer import Lease
+from proxy.renaming import EventRenamer
 from proxy.telemetry import FIRST_TOKEN, UNKNOWN, RequestFinished, RequestStarted, Sink, error_type
 from proxy.transport import Answer
 
@@ -210,7 +210,7 @@ async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_
     kind = content_type(headers)
     if kind.startswith(_EVENT_STREAM):
         account = StreamAccount(hide_usage=hide_usage, first_token=FIRST_TOKEN.get(exchange.operation, b""))
-        change = partial(sse.map_data, change=_renamer(rename)) if rename is not None else None
+        change = EventRenamer(rename) if rename is not None else None
         return Reply(exchange, answer.status, headers, answer, account, change)
     if not kind.startswith(_JSON):
         return Reply(exchange, answer.status, headers, answer, NoAccount())
@@ -234,10 +234,6 @@ def with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[b
     """Return headers with the Content-Length of another body."""
     others = [(name, value) for name, value in headers if name != b"content-length"]
     return [*others, (b"content-length", b"%d" % length)]
-
-
-def _renamer(name: str) -> Callable[[bytes], bytes]:
-    return lambda document: wire.set_model(document, name)
 
 
 async def _once(document: bytes) -> AsyncIterator[bytes]:

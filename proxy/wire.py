@@ -74,7 +74,7 @@ def set_model(document: bytes, name: str) -> bytes:
     `model` is the one at the top, or, where the top has none, that of the `response` or `message` it wraps
     (as the events of /v1/responses and /v1/messages do). A document without any is returned as it is.
     """
-    match = _MODEL.search(document)
+    match = _MODEL.match(document, max(document.find(b'"model"'), 0)) or _MODEL.search(document)
     if match is None:
         return document
     # One brace before it and no other `model` key behind it: it is the top one. An unescaped `"model"` can
