@@ -369,11 +369,26 @@ def _located(error: msgspec.ValidationError, kind: type, path: tuple[str | int, 
     unknown = re.match(r"Object contains unknown field `(.*)`", match["what"])
     if unknown:
         return source.error((*path, *inner, unknown[1]), _unknown(unknown[1], _fields_at(kind, inner)))
+    invalid = re.match(r"Invalid enum value (.*)", match["what"])
+    if invalid:
+        return source.error((*path, *inner), f"{invalid[1]} is none of {', '.join(_literals_at(kind, inner))}")
     return source.error((*path, *inner), match["what"][0].lower() + match["what"][1:])
 
 
 def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
     """Return the keys that the Struct at these steps below `kind` takes."""
+    info = _info_at(kind, steps)
+    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
+    return tuple(f.encode_name for f in fields)
+
+
+def _literals_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
+    """Return the words that may stand at these steps below `kind`."""
+    info = _info_at(kind, steps)
+    return tuple(map(str, info.values)) if isinstance(info, msgspec.inspect.LiteralType) else ()
+
+
+def _info_at(kind: Any, steps: tuple[str | int, ...]) -> msgspec.inspect.Type:
     info = msgspec.inspect.type_info(kind)
     for step in (*steps, None):
         if isinstance(info, msgspec.inspect.UnionType):
@@ -382,8 +397,7 @@ def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
             info = next(f.type for f in info.fields if f.name == step)
         elif isinstance(step, int) and isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
             info = info.item_type
-    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
-    return tuple(f.encode_name for f in fields)
+    return info
 
 
 def _unknown(key: str, known: tuple[str, ...] | list[str]) -> str:
