@@ -87,9 +87,9 @@ class _Group:
 
     def update_live(self) -> None:
         """Take in what the other workers have under way."""
-        in_flight, tokens, clocks = self._board.live_sums(self.model)
-        for i, load in enumerate(self.everything):
-            load.in_flight, load.tokens, load.clock = in_flight[i], tokens[i], clocks[i]
+        sums = self._board.live_sums(self.model)
+        for load, in_flight, tokens, clock in zip(self.everything, *sums, strict=True):
+            load.in_flight, load.tokens, load.clock = in_flight, tokens, clock
 
     def _look(self, now: float) -> None:
         for load in self.everything:
