@@ -202,7 +202,7 @@ def test_what_is_under_way_is_what_is_held_however_often_a_lease_is_settled(step
         elif released:
             released[-1].release(float(number))
             released[-1].token(float(number))
-        pending = sum(lease._pending for lease in held)
+        pending = sum(lease.pending for lease in held)
     assert load.in_flight == len(held)
     assert load.tokens == pending
 
@@ -210,11 +210,11 @@ def test_what_is_under_way_is_what_is_held_however_often_a_lease_is_settled(step
 def test_tokens_are_given_back_with_the_first_token_and_the_request_with_its_end():
     traffic = Traffic(balancer(2), count=2)
     _, lease = traffic.send(b"x" * 4000)
-    group = traffic.balancers[0]._groups["m"]
-    assert sum(load.tokens for load in group.everything) == pytest.approx(1000)
+    loads = traffic.balancers[0].loads("m")
+    assert sum(load.tokens for load in loads) == pytest.approx(1000)
     lease.token(1.0)
-    assert sum(load.tokens for load in group.everything) == pytest.approx(0)
-    assert sum(load.in_flight for load in group.everything) == 1
+    assert sum(load.tokens for load in loads) == pytest.approx(0)
+    assert sum(load.in_flight for load in loads) == 1
 
 
 def test_an_answer_that_is_no_stream_gives_its_tokens_back_when_its_prompt_should_be_computed():
@@ -222,8 +222,8 @@ def test_an_answer_that_is_no_stream_gives_its_tokens_back_when_its_prompt_shoul
     traffic.send(b"x" * 40000, streamed=False)
     traffic.now = 3600.0
     _, second = traffic.send(b"y" * 400)
-    group = traffic.balancers[0]._groups["m"]
-    assert sum(load.tokens for load in group.everything) == pytest.approx(100)
+    loads = traffic.balancers[0].loads("m")
+    assert sum(load.tokens for load in loads) == pytest.approx(100)
     second.release(3600.0)
 
 
@@ -244,7 +244,7 @@ def test_a_conversation_about_a_picture_is_cached_as_a_whole_and_no_more():
     text = b'"data:image/png;base64,' + b"QUJD" * 100_000 + b'"' + b"what is this? " * 500
     traffic.finish(text)
     _, lease = traffic.send(text)
-    assert 0 <= lease._pending < 0.2 * len(b"what is this? " * 500)
+    assert 0 <= lease.pending < 0.2 * len(b"what is this? " * 500)
 
 
 def test_prompts_that_are_all_new_go_everywhere():
@@ -303,7 +303,7 @@ def test_what_an_engine_does_not_find_in_its_cache_is_not_relied_on():
             traffic.balancers[0].told("m", name, Gauges(0, 0, 0, 1e4 * (look + 1), 0, 0))
     traffic.now += 10.0
     _, lease = traffic.send(text)
-    assert lease._pending > 0.9 * len(text) / 4
+    assert lease.pending > 0.9 * len(text) / 4
 
 
 def test_a_model_with_one_endpoint_has_no_prompts_read():

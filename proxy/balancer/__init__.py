@@ -140,6 +140,10 @@ class Balancer:
     def __repr__(self) -> str:
         return f"<Balancer {list(self._groups.values())!r}>"
 
+    def loads(self, model: str) -> Sequence[Load]:
+        """Return what is under way at each endpoint of a model."""
+        return self._groups[model].everything
+
     def prompt(self, model: str, fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> Prompt | None:
         """Return the prompt of a request as `pick` wants it: None where it makes no difference, at no cost."""
         return None if self._groups[model].table is None else prefixes.read(fields, salt)

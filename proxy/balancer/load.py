@@ -199,26 +199,29 @@ class Told(NamedTuple):
 
 
 class Lease:
-    """One request at one endpoint. `release()` may be called any number of times; it counts once."""
+    """One request at one endpoint. `release()` may be called any number of times; it counts once.
 
-    __slots__ = ("_ask", "_load", "_pending", "_since")
+    pending: tokens of its prompt that are still to be computed.
+    """
+
+    __slots__ = ("_ask", "_load", "_since", "pending")
 
     def __init__(self, load: Load, ask: Ask, since: float) -> None:
         # All mutable state: the load until released, and the tokens still to be computed.
         self._load: Load | None = load
-        self._pending = ask.uncached
+        self.pending = ask.uncached
         self._ask = ask
         self._since = since
 
     def __repr__(self) -> str:
-        return f"<Lease {'held' if self._load else 'released'} {self._pending:.0f} tokens pending>"
+        return f"<Lease {'held' if self._load else 'released'} {self.pending:.0f} tokens pending>"
 
     def token(self, now: float | None) -> None:
         """The first token is here: the prompt is computed. now: None if that is only supposed."""
-        load, pending = self._load, self._pending
+        load, pending = self._load, self.pending
         if load is None or not pending:
             return
-        self._pending = 0.0
+        self.pending = 0.0
         load._add(-pending)
         if now is not None and self._ask.streamed:
             load._prefilled(pending, self._since, now)
@@ -228,7 +231,7 @@ class Lease:
         load = self._load
         if load is None:
             return
-        if self._pending:
+        if self.pending:
             self.token(None)
         self._load = None
         if load.rated:
