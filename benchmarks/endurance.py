@@ -1,4 +1,4 @@
-"""What a worker keeps: memory after many requests, growth over many more, what slow clients cost, time to listen.
+"""What a worker keeps: memory after many requests, growth over many more, clients that are slow or go, start.
 
     make bench-endurance ARGS="--requests 1000000"
 
@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import uvloop
 
@@ -31,6 +33,8 @@ WARM = 100_000  # requests before growth is counted
 SLOW_CLIENTS = 200
 SLOW_SECONDS = 20.0
 BIG_STREAM = 10 * 2**20  # bytes
+_AT_REST = 8.0  # seconds; idle connections to engines are kept for half as long
+SLOWLY = Asked(model=MODEL, stream=True)
 _EVENT = b"data: " + b"x" * 1010 + b"\r\n\r\n"
 _READ = len(_EVENT)
 
@@ -40,7 +44,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1_000_000, help="of the soak, after the first 100,000")
     parser.add_argument("--warm", type=int, default=WARM, help="requests before growth is counted")
     parser.add_argument("--seconds", type=float, default=SLOW_SECONDS, help="how long slow clients are watched")
-    parser.add_argument("--only", choices=("soak", "slow", "start"))
+    parser.add_argument("--abandoned", type=int, default=10_000, help="streams whose clients go at random points")
+    parser.add_argument("--only", choices=("soak", "slow", "start", "abandon"))
     given = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[-1]})
@@ -52,6 +57,8 @@ def main() -> None:
             _soak(Path(folder), cores[0], given.warm, given.requests)
         if given.only in (None, "slow"):
             uvloop.run(_slow_clients(Path(folder), cores[0], given.seconds))
+        if given.only in (None, "abandon"):
+            uvloop.run(_abandon(Path(folder), cores[0], given.abandoned))
 
 
 @contextlib.contextmanager
@@ -169,18 +176,63 @@ async def _slow_clients(folder: Path, core: int, seconds: float) -> None:
     server.close()
 
 
-async def _ask() -> socket.socket:
+async def _ask(asked: Asked = SLOWLY) -> socket.socket:
     loop, s = asyncio.get_running_loop(), socket.socket()
     s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     s.setblocking(False)
     await loop.sock_connect(s, ("127.0.0.1", PROXY_PORT))
     url = urlsplit(f"http://127.0.0.1:{PROXY_PORT}/v1/chat/completions")
-    await loop.sock_sendall(s, Asked(model=MODEL, stream=True).requests(url)[0])
+    await loop.sock_sendall(s, asked.requests(url)[0])
     return s
 
 
 async def _read_one(s: socket.socket) -> None:
     await asyncio.get_running_loop().sock_recv(s, _READ)
+
+
+# Clients that go
+
+
+async def _abandon(folder: Path, core: int, streams: int) -> None:
+    """Let clients go at random points of their streams, and print what the worker has more of than before."""
+    upstream = (sys.executable, "-m", "benchmarks.upstream", str(UPSTREAM_PORT))
+    with processes.pinned((max(os.sched_getaffinity(0)),), upstream, folder / "up"), _proxy(folder, core) as (ours, _):
+        worker, chance = _worker(ours), random.Random(7)
+        await _go_away(streams // 10, chance)
+        before, held = await _sockets_at_rest(worker), processes.resident_mib(worker)
+        await _go_away(streams, chance)
+        after, holds = await _sockets_at_rest(worker), processes.resident_mib(worker)
+        print(f"{streams:,} abandoned streams: {after - before:+} sockets, {holds - held:+.1f} MiB, {_running()}")
+
+
+async def _go_away(streams: int, chance: random.Random) -> None:
+    some = asyncio.Semaphore(50)
+
+    async def one(wait: float) -> None:
+        async with some:
+            s = await _ask(Asked(model=MODEL, stream=True, pace=5))
+            await asyncio.sleep(wait)
+            s.close()
+
+    await asyncio.gather(*[one(chance.random() * 0.4) for _ in range(streams)])
+
+
+async def _sockets_at_rest(worker: list[int]) -> int:
+    """Return the sockets of the worker when those that it keeps for a while have been closed."""
+    await asyncio.sleep(_AT_REST)
+    return _sockets(worker)
+
+
+def _sockets(worker: list[int]) -> int:
+    links = [link for pid in worker for link in Path(f"/proc/{pid}/fd").iterdir()]
+    return sum("socket:" in os.readlink(link) for link in links)
+
+
+def _running() -> str:
+    """Return the line of the metrics that counts requests under way."""
+    ask = Request(f"http://127.0.0.1:{PROXY_PORT}/metrics", headers={"authorization": f"Bearer {KEY}"})
+    lines = urlopen(ask).read().decode().splitlines()
+    return next(line for line in lines if line.startswith("polyvox_num_requests_running"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Each peer has an environment of its own below `polyvox/bench` in the XDG cache, made once.
 """
 
+import asyncio
 import json
 import os
 import shutil
@@ -12,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+
+from engines.environment import pip_install
+from engines.preparation import ChildFailed
 
 KEY = "sk-bench"
 MODEL = "mock"
@@ -72,10 +76,13 @@ def _python(name: str, program: str, *requirements: str, overrides: tuple[str, .
     made = folder / "bin" / program
     if not made.exists():
         _run(sys.executable, "-m", "venv", "--clear", folder)
-        pip = (folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        _run(*pip, *requirements)
-        if overrides:
-            _run(*pip, "--upgrade", "--no-deps", *overrides)
+        listed = folder / "overrides.txt"
+        listed.write_text("\n".join(overrides))
+        words = ("--quiet", "--python", str(folder / "bin" / "python"), "--overrides", str(listed), *requirements)
+        try:
+            asyncio.run(pip_install(words))
+        except ChildFailed as e:
+            raise Unavailable(str(e)[-300:]) from None
     return made
 
 

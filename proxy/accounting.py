@@ -390,6 +390,11 @@ def ask_usage(body: bytes, stream_options: bytes) -> bytes | None:
     return _encode({**_decode_object(body), "stream_options": ask})
 
 
+def asks_usage(stream_options: bytes) -> bool:
+    """Say whether a client asks for usage in a stream. stream_options: as for ask_usage."""
+    return bool(stream_options) and _silent_options(stream_options) is None
+
+
 def _silent_options(raw: bytes) -> dict[str, msgspec.Raw] | None:
     """Return the options of a client that does not ask for usage; None if it does, or they are not valid."""
     if raw == b"null":

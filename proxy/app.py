@@ -6,7 +6,7 @@ from pathlib import Path
 from litestar.types import ASGIApp
 
 from engines.spec import FleetStatus
-from proxy import gauging, registry
+from proxy import gauging, providers, registry
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
@@ -23,6 +23,7 @@ class Worker:
     """What one worker process holds."""
 
     def __init__(self, config: Config, control_socket: Path, metrics: Metrics, board: Board) -> None:
+        providers.prepare(config)
         self._config = config
         self._metrics = metrics
         self._board = board

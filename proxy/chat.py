@@ -1,34 +1,24 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
-import hashlib
 from collections.abc import Callable
 
 import msgspec
 
-from proxy import accounting, failures, forbidden, limits, relay, wire
+from proxy import failures, forbidden, limits, providers, relay, wire
 from proxy.admission import Admission
 from proxy.balancer import Lease, Prompt
 from proxy.deadline import Deadline
 from proxy.errors import EngineStopped, NotReady, RequestError
 from proxy.limits import Limits
 from proxy.probe import LiveRegistry
+from proxy.providers import Asked
 from proxy.registry import Endpoint, Model
 from proxy.relay import Exchange, Reply
 from proxy.transport import Timeouts, Transport
 
 Headers = list[tuple[bytes, bytes]]
 
-# What reaches an upstream of what a client sent. Everything else, its key above all, stays here.
-_PASSED = frozenset(
-    (b"accept", b"anthropic-beta", b"anthropic-version", b"content-type", b"traceparent", b"tracestate")
-)
-
 _FORMS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations"))
-# The paths of vLLM whose requests take a cache_salt.
-_SALTED = frozenset(
-    ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank",
-     "/v2/rerank", "/rerank", "/v1/score", "/score", "/classify", "/pooling")
-)  # fmt: skip
 
 
 class Incoming(msgspec.Struct, frozen=True):
@@ -82,23 +72,24 @@ class Chat:
         picked = self._admission.pick(model.name, model.ready(), prompt, envelope.stream)
         endpoint, lease = picked or await self._wait(model.name, prompt, envelope, exchange)
         exchange.hold(lease)
-        body = _upstream_body(request, envelope, endpoint, form=form)
-        asking = _asking_for_usage(body, envelope, exchange.operation) if endpoint.stream_usage else None
-        headers = _upstream_headers(request, endpoint)
+        provider = providers.named(endpoint.provider)
+        question = _question(request, envelope, form=form)
+        sent = provider.request(question, endpoint)
         exchange.begin(endpoint.name, lease)
         answer = await self._transport_to(endpoint).send(
             request.method.encode(),
-            endpoint.path(request.path).encode() + (b"?" + request.query if request.query else b""),
-            headers,
-            body if asking is None else asking,
+            sent.path,
+            sent.headers if request.deadline is None else _with_deadline(sent.headers, request.deadline, endpoint),
+            sent.body,
             _timeouts(model),
         )
         exchange.answered(answer)
         if answer.status >= 300:
             failures.check(answer, endpoint)
+        answer = provider.answer(answer, question, endpoint)
         renamed = endpoint.base_path is not None or envelope.model != endpoint.serves
         name = envelope.model if renamed else None
-        reply = await relay.reply(answer, exchange, name, hide_usage=asking is not None)
+        reply = await relay.reply(answer, exchange, name, hide_usage=sent.hide_usage)
         if reply.status >= 400:
             failures.mask(reply, endpoint)
         reply.headers = [*reply.headers, *_our_headers(model, endpoint)]
@@ -149,39 +140,14 @@ def _content_type(request: Incoming) -> bytes:
     return next((value for name, value in request.headers if name == b"content-type"), b"")
 
 
-def _upstream_headers(request: Incoming, endpoint: Endpoint) -> Headers:
-    headers = [(name, value) for name, value in request.headers if name in _PASSED]
-    headers.append((b"x-request-id", request.request_id))
-    if request.deadline is not None and endpoint.pass_timeout:
-        headers.append(request.deadline.header())
-    if endpoint.api_key:
-        headers.append((b"authorization", b"Bearer " + endpoint.api_key.reveal().encode()))
-    return headers
+def _question(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
+    return Asked(
+        request.path, request.query, request.headers, request.body, envelope, request.request_id, form, request.salt
+    )
 
 
-def _upstream_body(request: Incoming, envelope: wire.Envelope, endpoint: Endpoint, *, form: bool) -> bytes:
-    body = request.body
-    if envelope.model != endpoint.serves and form:
-        body = wire.set_form_model(body, _content_type(request), endpoint.serves)
-    elif envelope.model != endpoint.serves:
-        body = wire.set_model(body, endpoint.serves)
-    if request.salt and endpoint.base_path is None and request.path in _SALTED:
-        body = _salted(body, request.salt, envelope.fields.get("cache_salt"))
-    return body
-
-
-def _salted(body: bytes, ours: str, theirs: msgspec.Raw | None) -> bytes:
-    """A client may divide its own part of the cache among its users, and reach nobody else's."""
-    if theirs is None:
-        return wire.add_field(body, "cache_salt", ours)
-    return wire.replace_field(body, "cache_salt", f"{ours}.{hashlib.sha256(bytes(theirs)).hexdigest()}")
-
-
-def _asking_for_usage(body: bytes, envelope: wire.Envelope, operation: str) -> bytes | None:
-    """Return the body with a wish for usage, None where there is no need: no stream, or one that tells by itself."""
-    if not envelope.stream or operation not in ("chat", "text_completion"):
-        return None
-    return accounting.ask_usage(body, bytes(envelope.fields.get("stream_options", b"")))
+def _with_deadline(headers: Headers, deadline: Deadline, endpoint: Endpoint) -> Headers:
+    return [*headers, deadline.header()] if endpoint.pass_timeout else headers
 
 
 def _timeouts(model: Model) -> Timeouts:

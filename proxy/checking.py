@@ -10,7 +10,7 @@ from engines.launcher import Launcher
 from engines.memory import GIB, Plan, PlanRefused
 from engines.paths import StatePaths
 from engines.weights import WeightsSourceError
-from proxy import config
+from proxy import config, providers
 from proxy.config import Loaded
 from proxy.console import print_table
 from proxy.errors import ConfigError, ServeError
@@ -19,6 +19,7 @@ from proxy.errors import ConfigError, ServeError
 def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
     """Print the plan of a configuration. Raises ConfigError where it is wrong, ServeError where it does not fit."""
     loaded = config.load(file, environ)
+    providers.check(loaded)
     launcher = Launcher(paths, loaded.base)
     try:
         plan = launcher.plan(loaded.config.engines())
@@ -34,13 +35,13 @@ def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
 
 def _print_remote(loaded: Loaded) -> None:
     rows = [
-        (name, loaded.redact(e.base_url), e.model or name, "a key" if e.api_key else "no key")
+        (name, e.provider, loaded.redact(e.base_url), e.model or name, "a key" if e.api_key else "no key")
         for name, model in loaded.config.models.items()
         for e in model.endpoints
     ]
     if rows:
         click.echo("\nEndpoints")
-        print_table(("MODEL", "URL", "ITS NAME THERE", "WITH"), rows)
+        print_table(("MODEL", "PROVIDER", "URL", "ITS NAME THERE", "WITH"), rows)
     if loaded.config.aliases:
         click.echo("\nAliases")
         print_table(("ALIAS", "MODEL"), list(loaded.config.aliases.items()))

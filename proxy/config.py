@@ -7,7 +7,7 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -55,7 +55,8 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_body_bytes: larger requests get 413. start_wait: seconds a request waits for an engine that is
     starting before it gets 503. drain_timeout: seconds for requests in flight when the server is stopped.
     head_timeout: seconds for the head of a request, and for an idle connection to begin one. body_timeout: seconds for
-    its body, and one more for every 16 KiB that have come. max_connections: of clients, to each worker.
+    its body, and one more for every 16 KiB that have come. send_timeout: seconds in which a client takes nothing of an
+    answer that waits for it; a socket's own buffers come on top. max_connections: of clients, to each worker.
     media_domains: hosts that our engines may fetch pictures and the like from; without any, only `data:` URLs pass.
     """
 
@@ -70,6 +71,7 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_timeout: Seconds = 30.0
     head_timeout: Annotated[float, Meta(gt=0)] = 20.0
     body_timeout: Annotated[float, Meta(gt=0)] = 60.0
+    send_timeout: Annotated[float, Meta(gt=0)] = 600.0
     max_connections: Annotated[int, Meta(ge=1)] = 8192
     media_domains: tuple[str, ...] = ()
 
@@ -90,14 +92,18 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server that somebody else runs. model: its own name for the model; the model's name if left out.
 
-    max_in_flight: requests that it gets at once; any number if left out. pass_timeout: true for another Polyvox, which
-    is told how long the client still waits (`x-request-timeout`).
-    stream_usage: false for a server that refuses `stream_options`; what its streams use is then not accounted.
+    provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, or the name of an entry
+    point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
+    provider, which says what it takes. stream_usage: false for a server that refuses `stream_options`; what its streams
+    use is then not accounted. max_in_flight: requests that it gets at once; any number if left out. pass_timeout: true
+    for another Polyvox, which is told how long the client still waits (`x-request-timeout`).
     """
 
     base_url: str
     api_key: Secret | None = None
-    provider: Literal["openai"] = "openai"
+    provider: str = "openai"
+    api_version: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]+$")] | None = None
+    options: dict[str, Any] = {}
     weight: Annotated[float, Meta(ge=0)] = 1.0
     model: str | None = None
     stream_usage: bool = True
@@ -151,10 +157,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """A configuration, the folder that its relative paths start from, and the secrets to hide in output."""
+    """A configuration, the folder that its relative paths start from, and the secrets to hide in output.
+
+    error: makes a ConfigError for the value at a path, as ("models", "x", "endpoints", 0), with file and line.
+    """
 
     config: Config
     base: Path
+    error: Callable[[tuple[str | int, ...], str], ConfigError]
     secrets: tuple[tuple[str, str], ...] = ()
 
     def redact(self, text: str) -> str:
@@ -176,7 +186,8 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
         _override(data, _environment_overrides(environ), source)
     config = _build(data, source)
     _check(config, source)
-    return Loaded(config=config, base=path.absolute().parent, secrets=_secrets(config, source))
+    secrets = _secrets(config, source)
+    return Loaded(config=config, base=path.absolute().parent, error=source.error, secrets=secrets)
 
 
 def schema() -> dict[str, Any]:
@@ -515,7 +526,18 @@ def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
     found = {key.reveal(): MASK for key in (*config.server.api_keys, *config.server.admin_keys)}
     for model in config.models.values():
         found.update({e.api_key.reveal(): MASK for e in model.endpoints if e.api_key})
-        for where in (model.engine.env, model.engine.args) if model.engine else ():
-            found.update({str(v): MASK for k, v in where.items() if _SECRET_NAME.search(k) and v})
+        places = [model.engine.env, model.engine.args] if model.engine else [e.options for e in model.endpoints]
+        for where in places:
+            found.update(dict.fromkeys(_named_as_secret(where), MASK))
     found.update({v: n for v, n in source.expanded.items() if len(v) >= _SHORTEST_SECRET})
     return tuple(sorted(((v, n) for v, n in found.items() if v), key=lambda pair: -len(pair[0])))
+
+
+def _named_as_secret(value: Any) -> Iterator[str]:
+    """Yield what stands under a key that says it is a secret, at any depth."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        if isinstance(item, dict | list):
+            yield from _named_as_secret(item)
+        elif _SECRET_NAME.search(str(key)) and item:
+            yield str(item)

@@ -3,11 +3,14 @@
 PolyvoxError
 ├── ConfigError                the configuration is wrong: file, line, key, remedy
 ├── ServeError                 the server cannot start or go on: what, and what to do
+├── PluginError                what an installed distribution offers cannot be used
+├── WrongSetting               a provider does not take a setting of its endpoint
 ├── RequestError               what a client is told, in OpenAI's envelope
 │   ├── BadRequest             400
 │   ├── WrongKey               401
 │   ├── UnknownModel           404
 │   ├── UnknownPath            404
+│   ├── PathNotServed          404, by this model's provider
 │   ├── MethodNotAllowed       405
 │   ├── RequestTimeout         408
 │   ├── BodyTooLarge           413
@@ -48,6 +51,18 @@ class ConfigError(PolyvoxError):
 
 class ServeError(PolyvoxError):
     """The server cannot start, or cannot go on. The text says what to do."""
+
+
+class PluginError(PolyvoxError):
+    """What an installed distribution offers cannot be used. The text names the distribution."""
+
+
+class WrongSetting(PolyvoxError):
+    """A provider does not take a setting of its endpoint. field: its path below the endpoint, as ("options", "x")."""
+
+    def __init__(self, field: tuple[str | int, ...], message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class RequestError(PolyvoxError):
@@ -118,6 +133,18 @@ class UnknownPath(RequestError):
         shown = path if len(path) <= 100 else path[:100] + "..."
         near = difflib.get_close_matches(shown, known, n=1)
         super().__init__(f"Unknown request URL: {method} {shown}." + (f" Did you mean {near[0]}?" if near else ""))
+
+
+class PathNotServed(RequestError):
+    """The path is one of ours, but the provider of the model has nothing like it."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "path_not_served"
+
+    def __init__(self, path: str, provider: str, served: Sequence[str] = ()) -> None:
+        hint = f"; it serves {', '.join(served)}" if served else ""
+        super().__init__(f"{path} is not served for this model by its provider, {provider}{hint}.")
 
 
 class MethodNotAllowed(RequestError):

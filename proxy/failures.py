@@ -3,7 +3,8 @@
 1. 4xx says what is wrong with the client's request, and passes; of a server of others with our key struck out.
 2. 5xx may hold paths, addresses or a traceback: status and Retry-After stay, the body is ours.
 3. A redirect would name an address of the upstream, and is an error.
-4. 401, 403 and 407 of a server of others concern our key, not the client's.
+4. 401, 402, 403 and 407 of a server of others concern our key and account, not the client's.
+5. 529 is what Anthropic calls overloaded; everybody else says 503.
 """
 
 from collections.abc import AsyncIterator
@@ -13,7 +14,8 @@ from proxy.registry import Endpoint
 from proxy.relay import Reply
 from proxy.transport import Answer
 
-_OUR_KEY = frozenset((401, 403, 407))
+_OUR_KEY = frozenset((401, 402, 403, 407))
+_OVERLOADED = 529
 _LONGEST = 1024 * 1024  # bytes; an error that is longer is cut
 
 
@@ -26,7 +28,8 @@ def check(answer: Answer, endpoint: Endpoint) -> None:
 
 def _instead(answer: Answer, *, of_others: bool) -> RequestError | None:
     if answer.status >= 500:  # 2
-        return UpstreamFailed(answer.status, _retry_after(answer))
+        status = 503 if answer.status == _OVERLOADED else answer.status  # 5
+        return UpstreamFailed(status, _retry_after(answer))
     if 300 <= answer.status < 400:  # 3
         return BadGateway("The upstream answered with a redirect, which is not followed.")
     if of_others and answer.status in _OUR_KEY:  # 4

@@ -48,7 +48,7 @@ async def _follow_one(
 ) -> None:
     while True:
         endpoint = next((e for e in live.current.models[model].ready() if e.name == name), None)
-        said = await _ask(endpoint, transport_to(endpoint)) if endpoint else None
+        said = await _ask(endpoint, transport_to(endpoint)) if endpoint and endpoint.provider == "openai" else None
         balancer.told(model, name, said)
         unknown = said is None and endpoint is not None and endpoint.base_path is not None
         await asyncio.sleep((_LONG_PAUSE if unknown else pause) * (0.75 + 0.5 * chance()))  # not all at once

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.paths import StatePaths
-from proxy import config
+from proxy import config, providers
 from proxy.config import Config, Loaded, Server
 from proxy.console import Console
 from proxy.errors import ServeError
@@ -28,6 +28,7 @@ def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
     """Serve a configuration. Raises ConfigError or ServeError."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     loaded = config.load(file, environ)
+    providers.check(loaded)
     listening = _bind(loaded.config.server)
     try:
         paths.create()

@@ -1,7 +1,8 @@
 """What can be asked for, and who answers it: alias -> model -> endpoints. Frozen; replaced whole."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -17,8 +18,9 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     address: `unix:/path` or `scheme://host:port`. base_path: what its API's paths start with instead of /v1,
     or None for an engine of ours, which has the same paths as we have. serves: its own name for the model.
-    stream_usage: whether it can be asked what a stream used. max_in_flight: requests that it gets at once, None for
-    any number. pass_timeout: whether it is told how long the client still waits.
+    stream_usage: whether it can be asked what a stream used. provider, api_version, options: see EndpointSettings.
+    max_in_flight: requests that it gets at once, None for any number. pass_timeout: whether it is told how long the
+    client still waits.
     """
 
     name: str
@@ -30,6 +32,9 @@ class Endpoint(msgspec.Struct, frozen=True):
     api_key: Secret | None = None
     weight: float = 1.0
     stream_usage: bool = True
+    provider: str = "openai"
+    api_version: str | None = None
+    options: Mapping[str, Any] = {}
     max_in_flight: int | None = None
     pass_timeout: bool = True
 
@@ -129,6 +134,9 @@ def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
         api_key=settings.api_key,
         weight=settings.weight,
         stream_usage=settings.stream_usage,
+        provider=settings.provider,
+        api_version=settings.api_version,
+        options=settings.options,
         max_in_flight=settings.max_in_flight,
         pass_timeout=settings.pass_timeout,
     )

@@ -15,7 +15,8 @@ _JSON = b"application/json"
 # Of an upstream's server: ours says its own, and its cookies, certificates and addresses are not for our clients.
 _SERVERS_OWN = frozenset(
     (b"date", b"server", b"via", b"x-powered-by", b"set-cookie", b"location", b"alt-svc", b"x-request-id",
-     b"strict-transport-security", b"www-authenticate", b"x-polyvox-model", b"x-polyvox-endpoint")
+     b"strict-transport-security", b"www-authenticate", b"openai-organization", b"openai-project",
+     b"anthropic-organization-id", b"x-polyvox-model", b"x-polyvox-endpoint")
 )  # fmt: skip
 # Errors that say nothing of the endpoint.
 _CLIENTS_OWN = frozenset(("upstream_4xx", "deadline_passed"))

@@ -208,6 +208,29 @@ def test_what_a_client_does_not_read_is_not_produced():
     run(test)
 
 
+def test_a_client_that_takes_nothing_of_its_answer_is_given_up():
+    async def test() -> None:
+        cancelled = asyncio.Event()
+
+        async def torrent(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": PLAIN})
+            try:
+                while True:
+                    await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            finally:
+                cancelled.set()
+
+        async with site(torrent, send_timeout=0.2) as s:
+            _, writer = await s.connect()
+            writer.transport.pause_reading()
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            await asyncio.wait_for(cancelled.wait(), 10)
+            writer.transport.abort()
+        assert not s.state.connections
+
+    run(test)
+
+
 def test_an_application_that_fails_is_answered_for_and_one_that_stops_early_is_cut_off():
     async def test() -> None:
         async def fails(scope: Any, receive: Any, send: Any) -> None:

@@ -42,7 +42,7 @@ def raise_open_files() -> int:
 async def sweep_for_ever(connections: set[Any], settings: Server) -> None:
     """Look at all connections again and again."""
     loop = asyncio.get_running_loop()
-    pause = min(_SWEEP, settings.head_timeout / 4, settings.body_timeout / 4)
+    pause = min(_SWEEP, settings.head_timeout / 4, settings.body_timeout / 4, settings.send_timeout / 4)
     while True:
         await asyncio.sleep(pause)
         now = loop.time()

@@ -238,10 +238,15 @@ class Connection(asyncio.Protocol):
 
     def sweep(self, now: float) -> None:
         """End the connection if what we wait for is late. now: seconds of a monotonic clock."""
-        if self._paused or (self._receiving is None and self._current is not None):
+        if self.transport is not None and self._patience.stalled(now, self._unsent(), self.settings):
+            self.transport.abort()
+        elif self._paused or (self._receiving is None and self._current is not None):
             self._patience.since = 0.0  # it is not the client that we wait for
         elif self._patience.late(now, self.settings, done=self._lingers()):
             self._give_up()
+
+    def _unsent(self) -> int:
+        return self.transport.get_write_buffer_size() if self.transport is not None and self.room is not None else 0
 
     def _give_up(self) -> None:
         patience = self._patience

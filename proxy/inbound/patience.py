@@ -13,15 +13,18 @@ _LINGER = 5.0  # seconds that a client may go on sending what was answered befor
 class Patience:
     """What one connection waits for. Only a sweep looks at the time, so a request that comes at once costs nothing."""
 
-    __slots__ = ("loose", "part", "received", "since")
+    __slots__ = ("loose", "part", "received", "since", "unsent", "unsent_since")
 
     def __init__(self) -> None:
         # All mutable state: what we wait for, the bytes of a body that have come, the bytes since that completed
-        # neither a head nor a piece of a body, and since when a sweep has known of it (0: none has seen it yet).
+        # neither a head nor a piece of a body, and since when a sweep has known of it (0: none has seen it yet). Of
+        # an answer that waits for its client: the bytes that the socket does not take, and since when so many.
         self.part: Part = "head"
         self.received = 0
         self.loose = 0
         self.since = 0.0
+        self.unsent = 0
+        self.unsent_since = 0.0
 
     def __repr__(self) -> str:
         return f"<Patience for a {self.part}, {self.received or self.loose} bytes of it here>"
@@ -40,6 +43,12 @@ class Patience:
         if not self.since:
             self.since = now
         return now - self.since > self._seconds(settings, done=done)
+
+    def stalled(self, now: float, unsent: int, settings: Server) -> bool:
+        """Say whether the client has taken nothing of its answer for too long. unsent: bytes that wait for it."""
+        if unsent != self.unsent or not unsent:
+            self.unsent, self.unsent_since = unsent, now
+        return now - self.unsent_since > settings.send_timeout
 
     def _seconds(self, settings: Server, *, done: bool) -> float:
         if done:

@@ -1,20 +1,17 @@
 """HTTP/1.1 or HTTP/2 to an endpoint that somebody else runs: TLS, and proxies from the environment, by httpx2.
 
-HTTP/2 is off unless asked for: httpx2 2.16 does not reset a stream that we give up, so the endpoint would go on
-generating, and its unread bytes would use up the flow-control window of the connection that others share.
-
-Two things are looser than in proxy.transport.local, because httpx2 does not let us see them: bytes that follow the
-end of an answer on the same connection, and folded headers, which it unfolds. And a request is not sent again when
-its idle connection dies under it; httpx2 only avoids those that are known to be dead.
+Addresses, trust and proxies are httpx2's; requests go straight to its core's pool (httpcore2), which is filled with
+connections of ours: proxy.transport.dialing makes them, http2 and strict serve on them.
 """
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any, Self
+from typing import Self, cast
+from urllib.parse import quote_from_bytes
 
+import httpcore2
 import httpx2
 
 from proxy.errors import (
@@ -22,27 +19,40 @@ from proxy.errors import (
     ConnectFailed,
     ConnectTimeout,
     FirstByteTimeout,
+    InvalidRequest,
     MalformedAnswer,
     PoolTimeout,
     TruncatedAnswer,
     UpstreamError,
 )
 from proxy.transport import Body, Headers, Timeouts, check_head, check_target, forwardable
+from proxy.transport.dialing import CloudLimits, Pool
+from proxy.transport.environment import proxy_for
 
-_ENDED = re.compile("disconnected|closed|ConnectionTerminated|StreamReset", re.IGNORECASE).search
+_ENDED = re.compile("disconnected|closed", re.IGNORECASE).search
 _IDENTITY = (b"accept-encoding", b"identity")
+_CHUNKED = (b"transfer-encoding", b"chunked")
+_SAFE = "".join(map(chr, range(0x21, 0x7F)))
+_PORTS = {"http": 80, "https": 443}
+_FOREIGN = (
+    httpcore2.TimeoutException,
+    httpcore2.NetworkError,
+    httpcore2.ProtocolError,
+    httpcore2.ProxyError,
+    httpcore2.UnsupportedProtocol,
+)
 
 
 class CloudAnswer:
     """See proxy.transport.Answer."""
 
-    def __init__(self, transport: "CloudTransport", response: httpx2.Response) -> None:
+    def __init__(self, transport: "CloudTransport", response: httpcore2.Response) -> None:
         # Mutable state: the iterator over the body, and whether the response was closed.
-        raw = [(name.lower(), value) for name, value in response.headers.raw]
-        self.status, self.headers, *_ = check_head(response.status_code, raw)
+        raw = [(name.lower(), value) for name, value in response.headers]
+        self.status, self.headers, *_ = check_head(response.status, raw)
         self._transport = transport
         self._response = response
-        self._chunks = response.aiter_raw()
+        self._chunks = cast(AsyncIterator[bytes], response.aiter_stream())
         self._closed = False
 
     def __repr__(self) -> str:
@@ -82,21 +92,27 @@ class CloudAnswer:
 
 
 class CloudTransport:
-    """proxy.transport.Transport to one origin, `https://host[:port]` or `http://host[:port]`."""
+    """proxy.transport.Transport to one origin, `https://host[:port]` or `http://host[:port]`.
 
-    def __init__(self, address: str, *, http2: bool = False, max_connections: int = 1000) -> None:
-        # Mutable state: httpx2's client, which has the pool; the closings that abort() has begun.
+    Over TLS it speaks HTTP/2 where the endpoint does, unless `limits` say otherwise. ValueError for an address, or a
+    proxy in the environment, that is none.
+    """
+
+    def __init__(self, address: str, limits: CloudLimits | None = None) -> None:
+        # Mutable state: the pool; the closings that abort() has begun.
         self.address = address
-        self._base = httpx2.URL(address)
-        if self._base.scheme not in ("http", "https") or not self._base.host:
+        base = httpx2.URL(address)
+        if base.scheme not in _PORTS or not base.host:
             raise ValueError(f"address {address!r}: expected https://host or http://host:port")
-        limits = httpx2.Limits(max_connections=max_connections, max_keepalive_connections=100)
-        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-        self._client = httpx2.AsyncClient(http2=http2, limits=limits, cookies=no_cookies, trust_env=True)
+        port = base.port or _PORTS[base.scheme]
+        self._base = base
+        origin = httpcore2.Origin(base.raw_scheme, base.raw_host, port)
+        proxy = proxy_for(base.scheme, base.host, port)
+        self._pool = Pool(origin, proxy, limits or CloudLimits())
         self._closings: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<CloudTransport {self.address}: {len(self._closings)} closing>"
+        return f"<CloudTransport {self.address}: {len(self._pool.connections)} open, {len(self._closings)} closing>"
 
     async def send(self, method: bytes, path: bytes, headers: Headers, body: Body, timeouts: Timeouts) -> CloudAnswer:
         clock = {
@@ -108,16 +124,16 @@ class CloudTransport:
         request = self._request(method, path, headers, body, clock)
         async with AsyncExitStack() as undo:
             with _mapped(FirstByteTimeout, self.address):
-                response = await self._client.send(request, stream=True, auth=None, follow_redirects=False)
-            undo.push_async_callback(response.aclose)
-            clock["read"] = timeouts.between_bytes  # httpx2 looks again before it reads the body
-            answer = self._checked(response)
+                response = await self._pool.handle_async_request(request)
+                undo.push_async_callback(response.aclose)
+                clock["read"] = timeouts.between_bytes  # it is looked at again before each read
+                answer = CloudAnswer(self, response)
             undo.pop_all()
             return answer
 
     async def close(self) -> None:
         await asyncio.gather(*self._closings, return_exceptions=True)
-        await self._client.aclose()
+        await self._pool.aclose()
 
     def close_later(self, answer: CloudAnswer) -> None:
         """Close an answer from where nobody can wait."""
@@ -127,28 +143,31 @@ class CloudTransport:
 
     def _request(
         self, method: bytes, path: bytes, headers: Headers, body: Body, clock: dict[str, float | None]
-    ) -> httpx2.Request:
-        """Build it without the client, which would add headers of its own."""
+    ) -> httpcore2.Request:
         check_target(method, path)
         kept = [header for header in forwardable(headers) if header[0] != b"accept-encoding"]
-        url = self._base.copy_with(raw_path=path)
-        extensions: dict[str, Any] = {"timeout": clock}
-        return httpx2.Request(method.decode(), url, headers=[*kept, _IDENTITY], content=body, extensions=extensions)
-
-    def _checked(self, response: httpx2.Response) -> CloudAnswer:
-        try:
-            return CloudAnswer(self, response)
-        except UpstreamError as error:
-            error.address = self.address
-            raise
+        whole = isinstance(body, bytes)
+        framing = (b"content-length", b"%d" % len(body)) if isinstance(body, bytes) else _CHUNKED
+        at = self._base
+        target = path if path.isascii() else quote_from_bytes(path, safe=_SAFE).encode()
+        return httpcore2.Request(
+            method,
+            httpcore2.URL(scheme=at.raw_scheme, host=at.raw_host, port=at.port, target=target),
+            headers=[(b"host", at.netloc), *kept, _IDENTITY, framing],
+            content=body,
+            extensions={"timeout": clock, "repeatable": whole},
+        )
 
 
 @contextmanager
 def _mapped(late: type[UpstreamError], address: str) -> Iterator[None]:
-    """Raise our errors for those of httpx2; `late` is what it means that nothing came in time."""
+    """Raise our errors for those of httpcore2; `late` is what it means that nothing came in time."""
     try:
         yield
-    except httpx2.TransportError as error:
+    except UpstreamError as error:
+        error.address = address
+        raise
+    except _FOREIGN as error:
         ours = _error(error, late)
         ours.address = address
         raise ours from error
@@ -156,15 +175,25 @@ def _mapped(late: type[UpstreamError], address: str) -> Iterator[None]:
 
 def _error(error: Exception, late: type[UpstreamError]) -> UpstreamError:
     match error:
-        case httpx2.PoolTimeout():
+        case httpcore2.PoolTimeout():
             return PoolTimeout()
-        case httpx2.ConnectTimeout():
+        case httpcore2.ConnectTimeout():
             return ConnectTimeout()
-        case httpx2.TimeoutException():
+        case httpcore2.TimeoutException():
             return late()
-        case httpx2.ConnectError() | httpx2.ProxyError() | httpx2.UnsupportedProtocol():
-            return ConnectFailed(type(error.__cause__ or error).__name__)
-        case httpx2.RemoteProtocolError() if not _ENDED(str(error)):
+        case httpcore2.ConnectError():
+            return ConnectFailed(_what(error))
+        case httpcore2.ProxyError() | httpcore2.UnsupportedProtocol():
+            return ConnectFailed(type(error).__name__)
+        case httpcore2.LocalProtocolError():
+            return InvalidRequest("it does not follow the protocol")
+        case httpcore2.RemoteProtocolError() if not _ENDED(str(error)):
             return MalformedAnswer("it does not follow its protocol")
         case _:
             return TruncatedAnswer()
+
+
+def _what(error: Exception) -> str:
+    """Name the error under this one: its text could hold an address."""
+    under = next((arg for arg in error.args if isinstance(arg, Exception)), error)
+    return type(under).__name__

@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import NamedTuple, Self, cast
 from urllib.parse import urlsplit
 
@@ -470,9 +471,8 @@ class LocalTransport:
         await asyncio.sleep(0)  # the event loop closes the sockets in its next turn
 
     def _request(self, method: bytes, path: bytes, headers: Headers, body: Body) -> Request:
-        check_target(method, path)
+        start = _start(method, path, self._host)
         lines = [b"%b: %b\r\n" % header for header in forwardable(headers)]
-        start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, path, self._host)
         length = b"content-length: %d\r\n\r\n" % len(body) if isinstance(body, bytes) else _CHUNKED
         return Request(b"".join((start, *lines, length)), body, method == b"HEAD")
 
@@ -573,6 +573,12 @@ class LocalTransport:
             self._connections.remove(connection)
             self._idle.pop(connection, None)
             self._give_back(None)
+
+
+@lru_cache(maxsize=256)
+def _start(method: bytes, path: bytes, host: bytes) -> bytes:
+    check_target(method, path)
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, path, host)
 
 
 def _host(address: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -66,7 +67,7 @@ class ScriptedUpstream:
         self.open += 1
         try:
             await self._converse(reader, writer, self.connections)
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError, ssl.SSLError):
             pass
         finally:
             self.open -= 1
@@ -114,16 +115,16 @@ class ScriptedUpstream:
 
 @asynccontextmanager
 async def upstream(
-    *plays: Play, unix: Path | None = None, read_requests: bool = True
+    *plays: Play, unix: Path | None = None, read_requests: bool = True, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[ScriptedUpstream]:
-    """Serve plays on a unix socket or on a free loopback port."""
+    """Serve plays on a unix socket or on a free loopback port, there over TLS if there is a context for it."""
     scripted = ScriptedUpstream(plays, read_requests)
     if unix is not None:
         server = await asyncio.start_unix_server(scripted.serve, str(unix))
         scripted.address = f"unix:{unix}"
     else:
-        server = await asyncio.start_server(scripted.serve, "127.0.0.1", 0)
-        scripted.address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        server = await asyncio.start_server(scripted.serve, "127.0.0.1", 0, ssl=tls)
+        scripted.address = f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield scripted
     finally:

@@ -1,9 +1,11 @@
 """What every transport does, over every kind of socket."""
 
 import asyncio
+import gc
 import random
 import socket
 from collections.abc import AsyncIterator
+from types import AsyncGeneratorType
 
 import pytest
 
@@ -117,35 +119,35 @@ def test_trailers_end_a_body_and_do_not_become_headers(wire: Wire) -> None:
     wire.run(story())
 
 
-def test_hop_by_hop_headers_of_an_answer_are_dropped(wire: Wire) -> None:
+def test_hop_by_hop_headers_of_an_answer_are_dropped(http1_wire: Wire) -> None:
     async def story() -> None:
         hops = (b"Connection: keep-alive, X-Hop", b"X-Hop: 1", b"Keep-Alive: timeout=5", b"Upgrade: h2c")
-        async with wire.to([ok(b"", *hops, b"Proxy-Authenticate: Basic", b"X-End: 2")]) as (_, to):
+        async with http1_wire.to([ok(b"", *hops, b"Proxy-Authenticate: Basic", b"X-End: 2")]) as (_, to):
             answer = await get(to)
             await answer.close()
             assert answer.headers == [(b"content-length", b"0"), (b"x-end", b"2")]
 
-    wire.run(story())
+    http1_wire.run(story())
 
 
-def test_space_around_the_value_of_a_header_is_not_part_of_it(wire: Wire) -> None:
+def test_space_around_the_value_of_a_header_is_not_part_of_it(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with wire.to([ok(b"", b"x-padded: \t a b \t ", b"x-empty:")]) as (_, to):
+        async with http1_wire.to([ok(b"", b"x-padded: \t a b \t ", b"x-empty:")]) as (_, to):
             answer = await get(to)
             assert answer.headers[1:] == [(b"x-padded", b"a b"), (b"x-empty", b"")]
             await answer.close()
 
-    wire.run(story())
+    http1_wire.run(story())
 
 
-def test_connection_cannot_hide_the_length_of_an_answer(wire: Wire) -> None:
+def test_connection_cannot_hide_the_length_of_an_answer(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with wire.to([ok(b"abc", b"Connection: content-length")]) as (_, to):
+        async with http1_wire.to([ok(b"abc", b"Connection: content-length")]) as (_, to):
             answer = await get(to)
             assert await answer.read(BODY_LIMIT) == b"abc"
             assert (b"content-length", b"3") in answer.headers
 
-    wire.run(story())
+    http1_wire.run(story())
 
 
 def test_a_redirect_is_an_answer_and_is_not_followed(wire: Wire) -> None:
@@ -296,15 +298,15 @@ def test_an_idle_connection_that_the_upstream_closed_is_replaced(wire: Wire) -> 
     wire.run(story())
 
 
-def test_a_request_is_not_sent_again_once_a_byte_of_its_answer_came(wire: Wire) -> None:
+def test_a_request_is_not_sent_again_once_a_byte_of_its_answer_came(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with wire.to([ok(b"1")], [b"H", Step.CLOSE], [ok(b"3")]) as (upstream, to):
+        async with http1_wire.to([ok(b"1")], [b"H", Step.CLOSE], [ok(b"3")]) as (upstream, to):
             assert await body_of(to) == b"1"
             with pytest.raises(TruncatedAnswer):
                 await body_of(to)
             assert len(upstream.requests) == 2
 
-    wire.run(story())
+    http1_wire.run(story())
 
 
 def test_a_request_on_a_new_connection_is_not_sent_again(wire: Wire) -> None:
@@ -339,22 +341,23 @@ MALFORMED = {
     "a bare CR in a header": b"HTTP/1.1 200 OK\r\nx: a\rset-cookie: b\r\ncontent-length: 3\r\n\r\nabc",
     "a space before the colon": b"HTTP/1.1 200 OK\r\ncontent-length : 3\r\n\r\nabc",
     "a header without a name": b"HTTP/1.1 200 OK\r\n: x\r\ncontent-length: 3\r\n\r\nabc",
+    "a folded header after an interim answer": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nx: a\r\n\tb\r\n\r\n",
     "a header without a colon": b"HTTP/1.1 200 OK\r\nabc\r\ncontent-length: 3\r\n\r\nabc",
     "endless headers": b"HTTP/1.1 200 OK\r\n" + b"x: %b\r\n" % (b"y" * 1000) * 200,
 }
 
 
 @pytest.mark.parametrize("answer", MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_answer_is_an_error_and_ends_its_connection(wire: Wire, answer: bytes) -> None:
+def test_a_malformed_answer_is_an_error_and_ends_its_connection(http1_wire: Wire, answer: bytes) -> None:
     async def story() -> None:
-        async with wire.to([answer, Step.STALL], [ok(b"next")]) as (upstream, to):
+        async with http1_wire.to([answer, Step.STALL], [ok(b"next")]) as (upstream, to):
             with pytest.raises(MalformedAnswer):
                 await body_of(to)
             await eventually(lambda: upstream.open == 0)
             assert await body_of(to) == b"next"
             assert upstream.connections == 2
 
-    wire.run(story())
+    http1_wire.run(story())
 
 
 TRUNCATED = {
@@ -457,22 +460,22 @@ def test_nobody_listening_is_an_error_at_once(wire: Wire) -> None:
     wire.run(story())
 
 
-def test_a_request_that_gets_no_connection_in_time_fails_as_not_sent(wire: Wire) -> None:
+def test_a_request_that_gets_no_connection_in_time_fails_as_not_sent(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with wire.to([EVENTS, Step.STALL], connections=1) as (upstream, to):
+        async with http1_wire.to([EVENTS, Step.STALL], connections=1) as (upstream, to):
             busy = await get(to)
             with pytest.raises(PoolTimeout):
                 await get(to, HASTY)
             await busy.close()
             assert len(upstream.requests) == 1
 
-    wire.run(story())
+    http1_wire.run(story())
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["complete", "abandoned"])
-def test_a_request_waits_for_the_connection_of_another(wire: Wire, whole: bool) -> None:
+def test_a_request_waits_for_the_connection_of_another(http1_wire: Wire, whole: bool) -> None:
     async def story() -> None:
-        async with wire.to([EVENTS, Step.STALL, chunked(b"1")], [ok(b"2")], connections=1) as (upstream, to):
+        async with http1_wire.to([EVENTS, Step.STALL, chunked(b"1")], [ok(b"2")], connections=1) as (upstream, to):
             busy = await get(to)
             second = asyncio.create_task(body_of(to))
             await asyncio.sleep(0)
@@ -482,28 +485,28 @@ def test_a_request_waits_for_the_connection_of_another(wire: Wire, whole: bool) 
             await busy.close()
             assert await second == b"2"
 
-    wire.run(story())
+    http1_wire.run(story())
 
 
 # Errors
 
 
-def test_errors_name_no_address(wire: Wire) -> None:
+def test_errors_name_no_address(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with wire.to([Step.CLOSE], [b"nonsense\r\n\r\n"]) as (upstream, to):
+        async with http1_wire.to([Step.CLOSE], [b"nonsense\r\n\r\n"]) as (upstream, to):
             errors: list[UpstreamError] = []
             for _ in range(2):
                 with pytest.raises(UpstreamError) as caught:
                     await body_of(to)
                 errors.append(caught.value)
-            bare = upstream.address.removeprefix("unix:").removeprefix("http://")
+            bare = upstream.address.rpartition("://")[2].removeprefix("unix:")
         with pytest.raises(ConnectFailed) as refused:
-            await body_of(wire.transport(upstream.address))
+            await body_of(http1_wire.transport(upstream.address))
         errors.append(refused.value)
         assert not [error for error in errors if bare in str(error)]
         assert [error.address for error in errors] == [upstream.address] * 3
 
-    wire.run(story())
+    http1_wire.run(story())
 
 
 # Going away
@@ -563,9 +566,9 @@ def test_closing_after_the_end_keeps_the_connection(wire: Wire) -> None:
     wire.run(story())
 
 
-def test_a_caller_that_goes_while_waiting_for_a_connection_leaves_its_place(wire: Wire) -> None:
+def test_a_caller_that_goes_while_waiting_for_a_connection_leaves_its_place(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with wire.to([EVENTS, Step.STALL, chunked(b"1")], [ok(b"2")], connections=1) as (upstream, to):
+        async with http1_wire.to([EVENTS, Step.STALL, chunked(b"1")], [ok(b"2")], connections=1) as (upstream, to):
             busy = await get(to)
             waiting = asyncio.create_task(get(to))
             await asyncio.sleep(0)
@@ -576,7 +579,7 @@ def test_a_caller_that_goes_while_waiting_for_a_connection_leaves_its_place(wire
             await busy.close()
             assert await body_of(to) == b"2"
 
-    wire.run(story())
+    http1_wire.run(story())
 
 
 def test_a_slow_reader_stops_the_upstream(wire: Wire) -> None:
@@ -597,98 +600,117 @@ def test_a_slow_reader_stops_the_upstream(wire: Wire) -> None:
 
 
 def test_a_thousand_abandoned_exchanges_leave_nothing(wire: Wire) -> None:
+    wire.run(abandon(wire, 1000))
+
+
+@pytest.mark.parametrize("wire", ["local-tcp-uvloop", "cloud-http2"], indirect=True)
+def test_ten_thousand_abandoned_exchanges_leave_nothing(wire: Wire) -> None:
+    wire.run(abandon(wire, 10_000))
+
+
+async def abandon(wire: Wire, exchanges: int) -> None:
+    """Give up so many exchanges at random points, and check that nothing of them is left."""
+
     async def abandon_some(to: Transport, chance: random.Random) -> None:
-        exchanges = [asyncio.create_task(body_of(to)) for _ in range(20)]
-        for exchange in chance.sample(exchanges, len(exchanges)):
+        some = [asyncio.create_task(body_of(to)) for _ in range(20)]
+        for exchange in chance.sample(some, len(some)):
             for _ in range(chance.randrange(20)):
                 await asyncio.sleep(0)
             exchange.cancel()
-        await asyncio.gather(*exchanges, return_exceptions=True)
+        await asyncio.gather(*some, return_exceptions=True)
 
+    chance = random.Random(7)
+    events = EVENTS + b"1\r\na\r\n"
+    plays = [[ok(b"x")], [events, Step.STALL], [Step.STALL], [events, chunked(b"a", b"b"), Step.CLOSE]]
+    async with wire.to(*chance.choices(plays, k=exchanges), connections=8) as (upstream, to):
+        tasks, generators = len(asyncio.all_tasks()), open_generators()
+        for _ in range(exchanges // 20):
+            await abandon_some(to, chance)
+        upstream.plays = [[ok(b"done")]]
+        assert await asyncio.gather(*[body_of(to) for _ in range(16)]) == [b"done"] * 16
+        await to.close()
+        await eventually(lambda: upstream.open == 0)
+        await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
+        assert open_generators() <= generators
+        if wire.local:
+            assert repr(to).endswith("0 open, 0 idle, 8 free, 0 waiting>")
+
+
+def open_generators() -> int:
+    """Return how many asynchronous generators stand in the middle."""
+    gc.collect()
+    return sum(isinstance(thing, AsyncGeneratorType) and thing.ag_frame is not None for thing in gc.get_objects())
+
+
+# Requests that are sent again
+
+
+def test_a_request_is_sent_again_once_when_its_idle_connection_had_died(http1_wire: Wire) -> None:
     async def story() -> None:
-        chance = random.Random(7)
-        events = EVENTS + b"1\r\na\r\n"
-        plays = [[ok(b"x")], [events, Step.STALL], [Step.STALL], [events, chunked(b"a", b"b"), Step.CLOSE]]
-        async with wire.to(*chance.choices(plays, k=1000), connections=8) as (upstream, to):
-            tasks = len(asyncio.all_tasks())
-            for _ in range(50):
-                await abandon_some(to, chance)
-            upstream.plays = [[ok(b"done", b"Connection: close")]]
-            assert await asyncio.gather(*[body_of(to) for _ in range(16)]) == [b"done"] * 16
-            await eventually(lambda: upstream.open == 0)
-            await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
-            if wire.local:
-                assert repr(to).endswith("0 open, 0 idle, 8 free, 0 waiting>")
-
-    wire.run(story())
-
-
-# The local pool
-
-
-def test_a_request_is_sent_again_once_when_its_idle_connection_had_died(local_wire: Wire) -> None:
-    async def story() -> None:
-        async with local_wire.to([ok(b"1")], [Step.CLOSE], [ok(b"3")]) as (upstream, to):
+        async with http1_wire.to([ok(b"1")], [Step.CLOSE], [ok(b"3")]) as (upstream, to):
             assert [await body_of(to), await body_of(to)] == [b"1", b"3"]
             assert [request.connection for request in upstream.requests] == [1, 1, 2]
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
-def test_a_request_is_sent_again_only_once(local_wire: Wire) -> None:
+def test_a_request_is_sent_again_only_once(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with local_wire.to([ok(b"1")], [Step.CLOSE]) as (upstream, to):
+        async with http1_wire.to([ok(b"1")], [Step.CLOSE]) as (upstream, to):
             assert await body_of(to) == b"1"
             with pytest.raises(TruncatedAnswer):
                 await body_of(to)
             assert len(upstream.requests) == 3
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
-def test_an_upload_is_not_sent_again(local_wire: Wire) -> None:
+def test_an_upload_is_not_sent_again(http1_wire: Wire) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"x"
 
     async def story() -> None:
-        async with local_wire.to([ok(b"1")], [Step.CLOSE], [ok(b"3")]) as (upstream, to):
+        async with http1_wire.to([ok(b"1")], [Step.CLOSE], [ok(b"3")]) as (upstream, to):
             assert await body_of(to) == b"1"
             with pytest.raises(TruncatedAnswer):
                 await to.send(b"POST", b"/", [], body(), PATIENT)
             assert len(upstream.requests) == 2
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
 @pytest.mark.parametrize("extra", [b"x", ok(b"forged")], ids=["noise", "answer"])
-def test_a_connection_with_bytes_after_the_end_of_an_answer_is_not_used_again(local_wire: Wire, extra: bytes) -> None:
+def test_a_connection_with_bytes_after_the_end_of_an_answer_is_not_used_again(http1_wire: Wire, extra: bytes) -> None:
     async def story() -> None:
-        async with local_wire.to([ok(b"1") + extra], [ok(b"2")]) as (upstream, to):
+        async with http1_wire.to([ok(b"1") + extra], [ok(b"2")]) as (upstream, to):
             assert [await body_of(to), await body_of(to)] == [b"1", b"2"]
             assert upstream.connections == 2
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
-def test_a_body_after_the_answer_to_head_ends_its_connection(local_wire: Wire) -> None:
+def test_a_body_after_the_answer_to_head_ends_its_connection(http1_wire: Wire) -> None:
     async def story() -> None:
-        async with local_wire.to([ok(b"body")], [ok(b"2")]) as (upstream, to):
+        async with http1_wire.to([ok(b"body")], [ok(b"2")]) as (upstream, to):
             answer = await to.send(b"HEAD", b"/", [], b"", PATIENT)
             assert await answer.read(BODY_LIMIT) == b""
             assert await body_of(to) == b"2"
             assert upstream.connections == 2
 
-    local_wire.run(story())
+    http1_wire.run(story())
 
 
 @pytest.mark.parametrize("codings", [b"x: a\r\n b", b"transfer-encoding:\r\n chunked"], ids=["value", "framing"])
-def test_a_folded_header_is_malformed(local_wire: Wire, codings: bytes) -> None:
+def test_a_folded_header_is_malformed(http1_wire: Wire, codings: bytes) -> None:
     async def story() -> None:
-        async with local_wire.to([b"HTTP/1.1 200 OK\r\n" + codings + b"\r\n\r\n" + chunked(b"a")]) as (_, to):
+        async with http1_wire.to([b"HTTP/1.1 200 OK\r\n" + codings + b"\r\n\r\n" + chunked(b"a")]) as (_, to):
             with pytest.raises(MalformedAnswer):
                 await body_of(to)
 
-    local_wire.run(story())
+    http1_wire.run(story())
+
+
+# The local pool
 
 
 def test_an_early_answer_is_given_while_the_upload_waits(local_wire: Wire) -> None:

@@ -1,0 +1,21 @@
+"""The headers that an endpoint gets."""
+
+from proxy.providers import Asked
+from proxy.transport import Headers
+
+# What reaches an upstream of what a client sent. Everything else, its key above all, stays here.
+_PASSED = frozenset(
+    (b"accept", b"anthropic-beta", b"anthropic-version", b"content-type", b"traceparent", b"tracestate")
+)
+
+
+def upstream_headers(asked: Asked) -> Headers:
+    """Return what passes of a client's headers, and the request's id; a provider adds its key."""
+    headers = [header for header in asked.headers if header[0] in _PASSED]
+    headers.append((b"x-request-id", asked.request_id))
+    return headers
+
+
+def content_type(asked: Asked) -> bytes:
+    """Return the client's Content-Type as it was sent, or b""."""
+    return next((value for name, value in asked.headers if name == b"content-type"), b"")
