@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from engines.spec import FleetStatus
+from engines.spec import EngineSettings, FleetStatus, Simulation
 from proxy.admission import Admission
 from proxy.app import make_balancer, make_board
 from proxy.chat import Chat, Incoming
 from proxy.config import Config, EndpointSettings, ModelSettings, Queue
 from proxy.deadline import HEADER, Deadline
+from proxy.errors import DeadlinePassed
 from proxy.limits import Limits
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
@@ -115,3 +116,16 @@ def test_a_deadline_is_passed_on_to_those_who_know_it(pass_timeout):
     told = [float(value) for name, value in transport.headers if name == HEADER]
     assert len(told) == pass_timeout
     assert all(0 < seconds <= 30 for seconds in told)
+
+
+def test_a_deadline_ends_the_wait_for_an_engine_that_starts():
+    config = Config(models={"m": ModelSettings(engine=EngineSettings(simulator=Simulation()))})
+    live = LiveRegistry(build(config, FleetStatus(version=0)))
+    admission = Admission(make_balancer(config, make_board(config)), {"m": Queue()}, Metrics(config))
+    chat = Chat(live, FakeTransport, 60.0, Limits(), admission)  # type: ignore[arg-type]
+    deadline = Deadline.of([(HEADER, b"0.01")])
+    request = Incoming("POST", "/v1/chat/completions", b"", [], b'{"model":"m"}', b"id", None, deadline)
+    assert deadline
+    with pytest.raises(DeadlinePassed):
+        asyncio.run(deadline.bound(chat.answer(request, Exchange(Metrics(config), "chat"))))
+    assert "0 waiting" in repr(live)
