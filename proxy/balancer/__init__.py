@@ -88,8 +88,8 @@ class _Group:
     def update_live(self) -> None:
         """Take in what the other workers have under way."""
         sums = self._board.live_sums(self.model)
-        for load, in_flight, tokens, clock in zip(self.everything, *sums, strict=True):
-            load.in_flight, load.tokens, load.clock = in_flight, tokens, clock
+        for load, in_flight, tokens in zip(self.everything, *sums, strict=True):
+            load.in_flight, load.tokens = in_flight, tokens
 
     def _look(self, now: float) -> None:
         for load in self.everything:

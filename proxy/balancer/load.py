@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # Doubles of an endpoint that each worker writes for itself and sums over all. Those read for each pick:
-IN_FLIGHT, TOKENS, CLOCK, LIVE = range(4)
+IN_FLIGHT, TOKENS, LIVE = range(3)
 # Those looked at a few times a second; the last five are told by the engine itself, to one worker:
-PREFILLED, SECONDS, REQUESTS, ASKED, FOUND, FOREIGN, WAITING, KV_USAGE, CAPACITY, DISTRUST, SLOW = range(11)
+CLOCK, PREFILLED, SECONDS, REQUESTS, ASKED, FOUND, FOREIGN, WAITING, KV_USAGE, CAPACITY, DISTRUST, SLOW = range(12)
 
 _HALF_LIFE = 120.0  # seconds; of what was learned of an endpoint's speed
 _ERROR_HALF_LIFE = 10.0
@@ -112,7 +112,7 @@ class Load:
     def advance(self, size: float) -> float:
         """Move the clock by the bytes that come new into the cache; return what it shows."""
         self.clock += size
-        self._live[CLOCK] += size
+        self._slow[CLOCK] += size
         return self.clock
 
     def _add(self, tokens: float) -> None:
@@ -133,6 +133,7 @@ class Load:
         The mean counts as a second of observation: what was seen of an endpoint fades, so one that was slow once
         comes to be taken for an ordinary one, and is tried again.
         """
+        self.clock = slow[CLOCK]
         self.rate = (slow[PREFILLED] + mean * _PRIOR_SECONDS) / (slow[SECONDS] + _PRIOR_SECONDS)
         self.foreign = slow[FOREIGN]
         self.foreign_tokens = slow[WAITING] * (slow[ASKED] - slow[FOUND]) / max(slow[REQUESTS], 1.0)
