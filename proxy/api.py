@@ -15,8 +15,10 @@ from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 from proxy.auth import Caller, Keys
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
+from proxy.deadline import Deadline
 from proxy.errors import (
     BodyTooLarge,
+    DeadlinePassed,
     MethodNotAllowed,
     RequestError,
     UnknownPath,
@@ -119,6 +121,7 @@ class Api:
             await exchange.close()
 
     async def _answer(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        deadline = Deadline.of(scope["headers"])
         body = await _read_body(scope, receive, self._server.max_body_bytes)
         if body is None:
             return
@@ -131,30 +134,28 @@ class Api:
             body=body,
             request_id=visit.request_id,
             salt=visit.caller.salt,
+            deadline=deadline,
         )
         await self._relay(request, send, visit.exchange)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
-        reply = await self._chat.answer(request, exchange)
+        answering = self._chat.answer(request, exchange)
+        reply = await (request.deadline.bound(answering) if request.deadline else answering)
         headers = [*reply.headers, (b"x-request-id", request.request_id)]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        await self._send_body(reply, send)
+        await self._send_body(reply, send, request.deadline)
         exchange.complete()
 
-    async def _send_body(self, reply: Reply, send: Send) -> None:
+    async def _send_body(self, reply: Reply, send: Send, deadline: Deadline | None) -> None:
         """Send a body. The head is sent, so the status can no longer tell where it breaks: see Reply.mend."""
         passing, more = (reply.document, False) if reply.body is None else (reply.opening, True)
         while more:
             if passing:
                 await send({"type": "http.response.body", "body": passing, "more_body": True})
             try:
-                assert reply.body is not None
-                async for data in reply.body:
-                    if passing := reply.read(data):
-                        await send({"type": "http.response.body", "body": passing, "more_body": True})
-                passing, more = reply.end(), False
-            except UpstreamError as e:
-                passing, more = await reply.mend(e)
+                passing, more = await _pass(reply, send, deadline)
+            except DeadlinePassed as e:
+                passing, more = reply.expire(e), False
         await send({"type": "http.response.body", "body": passing, "more_body": False})
 
     async def _show_models(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
@@ -189,6 +190,18 @@ class Api:
             "max_model_len": model.context_length,
             "state": model.state,
         }
+
+
+async def _pass(reply: Reply, send: Send, deadline: Deadline | None) -> tuple[bytes, bool]:
+    """Send what comes of a body; return what is still to be sent, and whether more follows on that."""
+    assert reply.body is not None
+    try:
+        async for data in deadline.bounded(reply.body) if deadline else reply.body:
+            if passing := reply.read(data):
+                await send({"type": "http.response.body", "body": passing, "more_body": True})
+        return reply.end(), False
+    except UpstreamError as e:
+        return await (deadline.bound(reply.mend(e)) if deadline else reply.mend(e))
 
 
 def _condition(model: Model) -> dict[str, str]:

@@ -1,19 +1,13 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
-from collections.abc import Callable
-
 import msgspec
 
 from proxy import forbidden, limits, reply, wire
-from proxy.endpoints import Endpoints
+from proxy.deadline import Deadline
 from proxy.fallback import Walk, Ways
-from proxy.limits import Limits
-from proxy.probe import LiveRegistry
 from proxy.providers import Asked
-from proxy.registry import Endpoint
 from proxy.relay import Exchange
 from proxy.reply import Reply
-from proxy.transport import Transport
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -21,7 +15,7 @@ _FORMS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations"))
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A request as it reached us, its body whole. salt: see auth.Caller."""
+    """A request as it reached us, its body whole. salt: see auth.Caller. deadline: when its client will be gone."""
 
     method: str
     path: str
@@ -30,22 +24,14 @@ class Incoming(msgspec.Struct, frozen=True):
     body: bytes
     request_id: bytes
     salt: str | None = None
+    deadline: Deadline | None = None
 
 
 class Chat:
-    """Answers requests for models. start_wait: seconds that a request waits for an engine to start."""
+    """Answers requests for models."""
 
-    def __init__(
-        self,
-        live: LiveRegistry,
-        transport_to: Callable[[Endpoint], Transport],
-        start_wait: float,
-        most: Limits,
-        endpoints: Endpoints,
-    ) -> None:
-        self._live = live
-        self._limits = most
-        self._ways = Ways(live, endpoints, transport_to, start_wait, most)
+    def __init__(self, ways: Ways) -> None:
+        self._ways = ways
 
     def __repr__(self) -> str:
         return f"<Chat {self._ways.endpoints!r}>"
@@ -59,13 +45,13 @@ class Chat:
         """
         form = request.path in _FORMS and reply.content_type(request.headers).startswith(b"multipart/form-data")
         envelope = wire.read_form(request.body, _content_type(request)) if form else wire.read_json(request.body)
-        registry = self._live.current
+        registry = self._ways.live.current
         model = registry.resolve(envelope.model)
-        limits.check(request.path, b"" if form else request.body, envelope.fields, self._limits)
-        forbidden.check(envelope.fields, model.policy, self._limits)
+        limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
+        forbidden.check(envelope.fields, model.policy, self._ways.limits)
         exchange.model = model.name
-        asked = _asked(request, envelope, form=form)
-        return await Walk(self._ways, asked, model, registry.chains.get(envelope.model, ()), exchange).answer()
+        asked, chain = _asked(request, envelope, form=form), registry.chains.get(envelope.model, ())
+        return await Walk(self._ways, asked, request.deadline, model, chain, exchange).answer()
 
 
 def _content_type(request: Incoming) -> bytes:

@@ -9,14 +9,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 import yaml
 from msgspec import Meta
 
-from engines.spec import EngineSettings, EngineSpec, Seconds
+from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import media
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
@@ -76,6 +76,19 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     media_domains: tuple[str, ...] = ()
 
 
+Balance = Literal["predicted_ttft", "least_loaded", "round_robin", "weighted_random", "adaptive"]
+
+
+class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Requests that wait while every endpoint has as many as it may have (`max_in_flight`), first come first served.
+
+    size: how many may wait in each worker; 0: none. timeout: seconds that each waits at most. More get 429.
+    """
+
+    size: Annotated[int, Meta(ge=0)] = 1024
+    timeout: Seconds = 30.0
+
+
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server that somebody else runs. model: its own name for the model; the model's name if left out.
 
@@ -83,7 +96,9 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
     provider, which says what it takes. stream_usage: false for a server that refuses `stream_options`; what its streams
     use is then not accounted. continues: whether a chat that broke elsewhere can go on there, as with vLLM's
-    `continue_final_message`; where left out, of anthropic's only. Completions go on anywhere.
+    `continue_final_message`; where left out, of anthropic's only. Completions go on anywhere. max_in_flight: requests
+    that it gets at once; any number if left out. pass_timeout: true for another Polyvox, which is told how long the
+    client still waits (`x-request-timeout`).
     """
 
     base_url: str
@@ -95,6 +110,8 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str | None = None
     stream_usage: bool = True
     continues: bool | None = None
+    max_in_flight: Count | None = None
+    pass_timeout: bool = False
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,6 +154,7 @@ class RetrySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model: one we run (`engine`) or one that somebody else runs (`endpoints`).
 
+    balance: which endpoint, or replica, gets a request, see proxy/balancer/policies.py. queue: who waits for one.
     allow: fields of requests that are refused otherwise, because they reach past the model: chat_template and the like.
     """
 
@@ -145,7 +163,13 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeouts: Timeouts = Timeouts()
     breaker: BreakerSettings = BreakerSettings()
     retries: RetrySettings = RetrySettings()
+    balance: Balance = "predicted_ttft"
+    queue: Queue = Queue()
     allow: tuple[str, ...] = ()
+
+    def endpoint_names(self, model: str) -> tuple[str, ...]:
+        """Return the names that the endpoints of a model have: in headers, metrics and commands."""
+        return tuple(f"{model}/{i}" for i in range(self.engine.replicas if self.engine else len(self.endpoints)))
 
 
 TASK = "task:"  # what a key of `fallbacks` begins with that stands for a kind of request, not for a model
@@ -402,11 +426,26 @@ def _located(error: msgspec.ValidationError, kind: type, path: tuple[str | int, 
     unknown = re.match(r"Object contains unknown field `(.*)`", match["what"])
     if unknown:
         return source.error((*path, *inner, unknown[1]), _unknown(unknown[1], _fields_at(kind, inner)))
+    invalid = re.match(r"Invalid enum value (.*)", match["what"])
+    if invalid:
+        return source.error((*path, *inner), f"{invalid[1]} is none of {', '.join(_literals_at(kind, inner))}")
     return source.error((*path, *inner), match["what"][0].lower() + match["what"][1:])
 
 
 def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
     """Return the keys that the Struct at these steps below `kind` takes."""
+    info = _info_at(kind, steps)
+    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
+    return tuple(f.encode_name for f in fields)
+
+
+def _literals_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
+    """Return the words that may stand at these steps below `kind`."""
+    info = _info_at(kind, steps)
+    return tuple(map(str, info.values)) if isinstance(info, msgspec.inspect.LiteralType) else ()
+
+
+def _info_at(kind: Any, steps: tuple[str | int, ...]) -> msgspec.inspect.Type:
     info = msgspec.inspect.type_info(kind)
     for step in (*steps, None):
         if isinstance(info, msgspec.inspect.UnionType):
@@ -415,8 +454,7 @@ def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
             info = next(f.type for f in info.fields if f.name == step)
         elif isinstance(step, int) and isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
             info = info.item_type
-    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
-    return tuple(f.encode_name for f in fields)
+    return info
 
 
 def _unknown(key: str, known: tuple[str, ...] | list[str]) -> str:

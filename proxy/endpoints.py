@@ -1,4 +1,4 @@
-"""What a worker knows of each endpoint: what is under way there, and whether it works."""
+"""What a worker knows of each endpoint: whether it works, and is to be asked."""
 
 import logging
 import random
@@ -7,8 +7,6 @@ from functools import partial
 from time import monotonic
 from typing import NamedTuple
 
-from proxy import balancer
-from proxy.balancer import Load
 from proxy.breaker import Breaker, Change, State
 from proxy.registry import Endpoint, Model
 from proxy.retries import Budget
@@ -22,16 +20,22 @@ Opened = Callable[[Endpoint, Breaker], None]
 class Standing:
     """How one endpoint stands."""
 
-    __slots__ = ("breaker", "endpoint", "load")
+    __slots__ = ("breaker", "endpoint", "max_in_flight", "name", "weight")
 
     def __init__(self, endpoint: Endpoint, breaker: Breaker) -> None:
-        # All mutable state is what it holds; the endpoint is as the newest registry has it.
-        self.endpoint = endpoint
-        self.load = Load()
+        self.name = endpoint.name
         self.breaker = breaker
+        # All mutable state: the endpoint as the newest registry has it, and of that what the balancer looks at.
+        self.update(endpoint)
 
     def __repr__(self) -> str:
-        return f"<Standing {self.endpoint.name} {self.load!r} {self.breaker!r}>"
+        return f"<Standing {self.name} {self.breaker!r}>"
+
+    def update(self, endpoint: Endpoint) -> None:
+        """The registry is a new one."""
+        self.endpoint = endpoint
+        self.weight = endpoint.weight
+        self.max_in_flight = endpoint.max_in_flight
 
 
 class _Ready(NamedTuple):
@@ -86,12 +90,6 @@ class Endpoints:
             return standings
         return [s for s in standings if not s.breaker.avoid(now)]
 
-    def pick(self, candidates: Sequence[Standing]) -> Standing:
-        """Choose one of some endpoints that are allowed."""
-        if len(candidates) == 1:
-            return candidates[0]
-        return candidates[balancer.least_loaded([s.load for s in candidates])]
-
     def rest(self, standing: Standing, seconds: float | None) -> None:
         """An endpoint is too busy: see Breaker.rest."""
         self._avoid_until = max(self._avoid_until, standing.breaker.rest(self.clock(), seconds))
@@ -114,7 +112,7 @@ class Endpoints:
             standing = self._standings[endpoint.name] = Standing(endpoint, breaker)
         elif standing.endpoint.since != endpoint.since:
             standing.breaker.renew()
-        standing.endpoint = endpoint
+        standing.update(endpoint)
         return standing
 
     def _changed(self, name: str, change: Change) -> None:

@@ -14,6 +14,7 @@ PolyvoxError
 │   ├── MethodNotAllowed       405
 │   ├── RequestTimeout         408
 │   ├── BodyTooLarge           413
+│   ├── TooBusy                429
 │   ├── HeadTooLarge           431
 │   ├── BadGateway             502
 │   ├── UpstreamFailed         5xx as the upstream said
@@ -21,6 +22,7 @@ PolyvoxError
 │   ├── NotReady               503, come back in a moment
 │   ├── EngineStopped          503, somebody has to do something
 │   ├── Unavailable            503, nothing that could answer is asked now
+│   ├── DeadlinePassed         504, as the client wished
 │   └── GatewayTimeout         504
 └── UpstreamError              an endpoint did not give a whole, valid answer
     ├── InvalidRequest         we refused to send it: a header or path that could smuggle; nothing was sent
@@ -208,6 +210,18 @@ class TooManyConnections(RequestError):
         super().__init__("This server has as many connections as it takes (server.max_connections); try again soon.")
 
 
+class TooBusy(RequestError):
+    """Every endpoint of the model has as many requests as it may have, and no more can wait, or not any longer."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, model: str, retry_after: int) -> None:
+        super().__init__(f"The model {model!r} has more requests than it can take; try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
 class NotReady(RequestError):
     """The engine of the model is starting, and did not become ready in the time a request waits."""
 
@@ -241,6 +255,16 @@ class Unavailable(RequestError):
     def __init__(self, model: str, wait: float) -> None:
         super().__init__(f"The model {model!r} is not available: it has failed too often just now; try again soon.")
         self.retry_after = max(1, math.ceil(wait))
+
+
+class DeadlinePassed(RequestError):
+    """The time that the client gave its request is over."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("The answer was not complete in the time given (x-request-timeout).")
 
 
 class BadGateway(RequestError):

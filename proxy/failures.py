@@ -22,7 +22,9 @@ from proxy.errors import (
     InvalidRequest,
     PoolTimeout,
     RequestError,
+    TooBusy,
     TruncatedAnswer,
+    Unavailable,
     UpstreamError,
     UpstreamFailed,
 )
@@ -63,6 +65,7 @@ class Verdict(NamedTuple):
 _FAILED = Verdict(Outcome.FAILURE)
 _FINAL = Verdict(Outcome.NEUTRAL, elsewhere=False)
 BUSY = Verdict(Outcome.NEUTRAL)  # it has too much to do, or does not want us
+_NO_ROOM = Verdict(Outcome.NEUTRAL, sent=False)
 _PASSES = Verdict(Outcome.FAILURE, again=True)
 _OF_ERRORS: dict[type[Exception], Verdict] = {
     InvalidRequest: _FINAL,
@@ -72,6 +75,8 @@ _OF_ERRORS: dict[type[Exception], Verdict] = {
     TruncatedAnswer: _PASSES,
     UpstreamError: _FAILED,
     BadGateway: BUSY,
+    TooBusy: _NO_ROOM,
+    Unavailable: _NO_ROOM,
     RequestError: _FINAL,
 }
 

@@ -19,7 +19,10 @@ import msgspec
 
 from proxy import failures, forbidden, providers, sse
 from proxy import reply as replies
+from proxy.admission import Admission
+from proxy.balancer import Lease
 from proxy.continuation import COMPLETIONS, Continuation
+from proxy.deadline import Deadline
 from proxy.endpoints import Endpoints, Standing
 from proxy.errors import (
     BadGateway,
@@ -27,6 +30,7 @@ from proxy.errors import (
     ErrorEvent,
     NotReady,
     RequestError,
+    TooBusy,
     Unavailable,
     UpstreamError,
     UpstreamFailed,
@@ -56,6 +60,7 @@ class Ways(NamedTuple):
 
     live: LiveRegistry
     endpoints: Endpoints
+    admission: Admission
     transport_to: Callable[[Endpoint], Transport]
     start_wait: float
     limits: Limits
@@ -73,13 +78,24 @@ class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
     __slots__ = (
-        "_again", "_asked", "_at", "_breaks", "_chain", "_context", "_exchange", "_first", "_key", "_length",
+        "_again", "_asked", "_at", "_breaks", "_chain", "_context", "_deadline", "_exchange", "_first", "_key",
+        "_length",
         "_model", "_must_continue", "_of", "_tried", "_waited", "_ways",
     )  # fmt: skip
 
-    def __init__(self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange) -> None:
+    def __init__(
+        self,
+        ways: Ways,
+        asked: Asked,
+        deadline: Deadline | None,
+        model: Model,
+        chain: Sequence[str],
+        exchange: Exchange,
+    ) -> None:
+        """deadline: of which an endpoint is told, if it wants to be. chain: names of models."""
         self._ways = ways
         self._asked = asked
+        self._deadline = deadline
         self._chain = chain
         self._exchange = exchange
         # All mutable state: the model as the newest registry has it; of the attempt that is under way, the model that
@@ -220,20 +236,48 @@ class Walk:
     async def _send(self, place: Place, asked: Asked) -> tuple[Answer, Endpoint, bool]:
         """Send one of the endpoints the request; return its answer, and whether usage is to be taken out of that."""
         ways, exchange = self._ways, self._exchange
-        self._of = place.model
-        standing = self._at = ways.endpoints.pick(place.candidates)
+        standing, lease = await self._take(place)
+        exchange.hold(lease)
+        self._of, self._at = place.model, standing
         endpoint, breaker = standing.endpoint, standing.breaker
         self._key = _key(endpoint)
         exchange.model, exchange.level = place.model.name, place.level
         provider = providers.named(endpoint.provider)
         sent = provider.request(asked, endpoint)
-        exchange.begin(endpoint.name, standing.load.lease(), breaker, breaker.begin(ways.endpoints.clock()))
+        exchange.begin(endpoint.name, lease, breaker, breaker.begin(ways.endpoints.clock()))
+        headers = [*sent.headers, self._deadline.header()] if self._deadline and endpoint.pass_timeout else sent.headers
         timeouts = _timeouts(place.model, stream=asked.envelope.stream)
-        answer = await ways.transport_to(endpoint).send(b"POST", sent.path, sent.headers, sent.body, timeouts)
+        answer = await ways.transport_to(endpoint).send(b"POST", sent.path, headers, sent.body, timeouts)
         exchange.answered(answer)
         if answer.status >= 300:
             failures.check(answer, endpoint)
         return provider.answer(answer, asked, endpoint), endpoint, sent.hide_usage
+
+    async def _take(self, place: Place) -> tuple[Standing, Lease]:
+        """Choose one of the endpoints, and take a lease on it; wait until one has room. Raises TooBusy, Unavailable."""
+        admission, asked, name = self._ways.admission, self._asked, place.model.name
+        several = len(place.model.endpoints) > 1
+        prompt = admission.prompt(name, asked.envelope.fields, asked.salt) if several else None
+        picked = admission.pick(name, place.candidates, prompt, asked.envelope.stream)
+        if picked is not None:
+            return picked
+        self._key = "", 0.0
+        try:
+            return await admission.wait(name, lambda: self._candidates(name), prompt, asked.envelope.stream)
+        except (TooBusy, Unavailable):
+            self._tried |= {_key(standing.endpoint) for standing in place.candidates}
+            raise
+        finally:
+            self._exchange.waited()
+
+    def _candidates(self, name: str) -> list[Standing]:
+        """Return the endpoints of a model that may be asked now. Raises Unavailable where there is none any more."""
+        endpoints, model = self._ways.endpoints, self._ways.live.current.models[name]
+        allowed = endpoints.allowed(model, endpoints.clock())
+        allowed = self._untried(allowed) if self._tried else allowed
+        if not allowed:
+            raise Unavailable(name, endpoints.wait([model], endpoints.clock()))
+        return allowed
 
     async def _leave(self, error: Exception | None, said: Verdict) -> None:
         """The attempt has failed, with an error or (None) an answer that says so: settle it, and remember it."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from proxy.config import Config
 from proxy.telemetry import ERROR_TYPES, AttemptFailed, BreakerChanged, RequestFinished
 
 if TYPE_CHECKING:
@@ -36,14 +35,6 @@ class Condition(msgspec.Struct, frozen=True):
     until: float
     opened: int
     failed: int
-
-
-def endpoints(config: Config) -> dict[str, list[str]]:
-    """Return the names of the endpoints of each model, as the registry names them."""
-    return {
-        name: [f"{name}/{i}" for i in range(model.engine.replicas if model.engine else len(model.endpoints))]
-        for name, model in config.models.items()
-    }
 
 
 def clear(own: "memoryview[float]", rows: Mapping[Key, int]) -> None:

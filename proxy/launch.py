@@ -153,6 +153,7 @@ class Workers:
         # What workers have counted outlives them here.
         self._metrics_fd = shared_memory()
         self._config = settings
+        self._board_fd = shared_memory("board")
         self._settings = config.encode(settings)
         self._control_socket = str(control_socket)
         self._count = settings.server.workers
@@ -190,9 +191,10 @@ class Workers:
             self._console.say(f"a worker ended (exit status {status}); starting another", style="yellow")
 
     async def _run_one(self, number: int) -> int:
-        orders = Orders(self._settings, self._control_socket, self._fd, self._metrics_fd, number)
+        shared = (self._fd, self._metrics_fd, self._board_fd)
+        orders = Orders(self._settings, self._control_socket, *shared, number)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=(self._fd, self._metrics_fd)
+            sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=shared
         )
         self._processes.add(process)
         try:

@@ -25,6 +25,7 @@ from proxy.telemetry import (
     AttemptFailed,
     BreakerChanged,
     RequestFinished,
+    RequestQueued,
     RequestStarted,
 )
 
@@ -96,16 +97,18 @@ _WIDTH = _OVERHEAD.sum_at + 1
 
 
 class Layout:
-    """Where the doubles of a worker are: the gauge of each endpoint, each series, the row of each endpoint."""
+    """Where the doubles of a worker are: the gauges of endpoints and queues, each series, the row of each endpoint."""
 
     def __init__(self, config: Config) -> None:
-        names = figures.endpoints(config)
+        names = {name: model.endpoint_names(name) for name, model in config.models.items()}
         operations = (*dict.fromkeys(OPERATIONS.values()), OTHER)
         keys = [(UNKNOWN, "", o) for o in operations]
         keys += [(m, e, o) for m, endpoints in names.items() for e in ("", *endpoints) for o in operations]
         self.gauges = {key: i for i, key in enumerate((m, e) for m, es in names.items() for e in es)}
-        self.series = {key: len(self.gauges) + i * _WIDTH for i, key in enumerate(keys)}
-        rows = len(self.gauges) + len(keys) * _WIDTH
+        self.queues = {m: len(self.gauges) + i for i, m in enumerate(names)}
+        first = len(self.gauges) + len(self.queues)
+        self.series = {key: first + i * _WIDTH for i, key in enumerate(keys)}
+        rows = first + len(keys) * _WIDTH
         self.rows = {key: rows + i * figures.WIDTH for i, key in enumerate(self.gauges)}
         self.size = rows + len(self.gauges) * figures.WIDTH
         self.elsewhere = self.series[UNKNOWN, "", OTHER]
@@ -114,9 +117,9 @@ class Layout:
         return f"<Layout {len(self.gauges)} gauges, {len(self.series)} series>"
 
 
-def shared_memory() -> int:
+def shared_memory(name: str = "metrics") -> int:
     """Return the descriptor of memory for the figures of all workers. It ends with the last process that has it."""
-    return os.memfd_create("polyvox-metrics")
+    return os.memfd_create(f"polyvox-{name}")
 
 
 class Metrics:
@@ -131,7 +134,10 @@ class Metrics:
         # All mutable state: the doubles of all workers; this one writes its own only.
         self._all = memoryview(mmap.mmap(memory, size)).cast("d")
         self._own = self._all[worker * layout.size : (worker + 1) * layout.size]
-        for gauge in layout.gauges.values():  # the worker that had this part before may have died in the middle
+        for gauge in (
+            *layout.gauges.values(),
+            *layout.queues.values(),
+        ):  # the worker that had this part before may have died in the middle
             self._own[gauge] = 0.0
         figures.clear(self._own, layout.rows)
 
@@ -153,6 +159,9 @@ class Metrics:
         row = self._layout.rows.get((event.model, event.endpoint))
         if row is not None:
             figures.change(self._own, row, event)
+
+    def queued(self, event: RequestQueued) -> None:
+        self._own[self._layout.queues[event.model]] += 1 if event.waits else -1
 
     def finished(self, event: RequestFinished) -> None:
         own, layout = self._own, self._layout
@@ -191,6 +200,8 @@ class Metrics:
         counted = {key: at for key, at in self._layout.series.items() if any(_summed(parts, at, len(_OUTCOMES)))}
         rows = {key: _summed(parts, at, _WIDTH) for key, at in counted.items()}
         gauges = {key: _summed(parts, at, 1)[0] for key, at in self._layout.gauges.items()}
+        queues = {model: _summed(parts, at, 1)[0] for model, at in self._layout.queues.items()}
+        yield _waiting(queues)
         yield from _families(rows, gauges)
         yield from figures.families(parts, self._layout.rows)
 
@@ -223,6 +234,17 @@ _Rows = dict[tuple[str, str, str], list[float]]
 
 def _summed(parts: Sequence["memoryview[float]"], at: int, width: int) -> list[float]:
     return [sum(column) for column in zip(*(part[at : at + width] for part in parts), strict=True)]
+
+
+def _waiting(queues: dict[str, float]) -> "Metric":
+    from prometheus_client.core import GaugeMetricFamily
+
+    waiting = GaugeMetricFamily(
+        "polyvox_num_requests_waiting", "Requests that wait for an endpoint", labels=["model_name"]
+    )
+    for model, value in queues.items():
+        waiting.add_metric([model], value)
+    return waiting
 
 
 def _families(rows: _Rows, gauges: dict[tuple[str, str], float]) -> Iterator["Metric"]:

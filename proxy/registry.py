@@ -30,6 +30,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     stream_usage: whether it can be asked what a stream used. provider, api_version, options: see EndpointSettings.
     continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
     the next, its UNIX time of being ready.
+    max_in_flight: requests that it gets at once, None for any number. pass_timeout: whether it is told how long the
+    client still waits.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     provider: str = "openai"
     api_version: str | None = None
     options: Mapping[str, Any] = {}
+    max_in_flight: int | None = None
+    pass_timeout: bool = True
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
@@ -119,12 +123,14 @@ def _chains(config: Config) -> dict[str, tuple[str, ...]]:
 
 
 def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], server: Server) -> Model:
+    assert model.engine
+    most = model.engine.max_in_flight
     ranked = sorted(engines, key=lambda status: _BEST_FIRST.index(status.state))
     best = ranked[0] if ranked else None
     return Model(
         name=name,
         endpoints=tuple(
-            Endpoint(name=s.id, model=name, address=s.address, serves=name, state=s.state, since=s.since)
+            Endpoint(s.id, name, s.address, serves=name, state=s.state, max_in_flight=most, since=s.since)
             for s in ranked
             if s.address
         ),
@@ -167,4 +173,6 @@ def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
         provider=settings.provider,
         api_version=settings.api_version,
         options=settings.options,
+        max_in_flight=settings.max_in_flight,
+        pass_timeout=settings.pass_timeout,
     )

@@ -2,22 +2,15 @@
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Protocol
 
 from proxy.accounting import Account
+from proxy.balancer import Lease
 from proxy.breaker import Breaker, Outcome, State
 from proxy.telemetry import UNKNOWN, AttemptFailed, RequestFinished, RequestStarted, Sink, error_type
 from proxy.transport import Answer
 
-
-class Lease(Protocol):
-    """What a request holds of an endpoint's capacity."""
-
-    def release(self) -> None: ...
-
-
 _CLOSED = State.CLOSED
-_SUCCESS, _NEUTRAL = Outcome.SUCCESS, Outcome.NEUTRAL
+_SUCCESS, _FAILURE, _NEUTRAL = Outcome
 
 
 class Exchange:
@@ -32,9 +25,29 @@ class Exchange:
     """
 
     __slots__ = (
-        "_account", "_answer", "_begun", "_breaker", "_clock", "_closed", "_error", "_first", "_lease", "_mark",
-        "_overhead", "_sink", "_status", "_streamed", "_ticket", "_whole", "attempts", "endpoint", "level", "model",
-        "operation", "resumed",
+        "_account",
+        "_answer",
+        "_begun",
+        "_breaker",
+        "_clock",
+        "_closed",
+        "_error",
+        "_first",
+        "_lease",
+        "_mark",
+        "_overhead",
+        "_sink",
+        "_status",
+        "_streamed",
+        "_ticket",
+        "_under_way",
+        "_whole",
+        "attempts",
+        "endpoint",
+        "level",
+        "model",
+        "operation",
+        "resumed",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, operation: str, clock: Callable[[], float] = monotonic) -> None:
@@ -57,7 +70,8 @@ class Exchange:
         self._streamed = False
         self._whole = False
         self._closed = False
-        # What is to be settled: of the attempt (no lease: there is none under way), and of all.
+        # What is to be settled: of the attempt, which is under way when it has an endpoint and a lease there; of all.
+        self._under_way = False
         self._lease: Lease | None = None
         self._breaker: Breaker | None = None
         self._ticket = 0
@@ -75,6 +89,11 @@ class Exchange:
         """What passed until now was waiting for others."""
         self._mark = self._clock()
 
+    def hold(self, lease: Lease) -> None:
+        """Whatever becomes of the request, it now has a lease to give back."""
+        self._lease = lease
+        self._breaker = None
+
     def begin(self, endpoint: str, lease: Lease, breaker: Breaker | None = None, ticket: int = 0) -> None:
         """The request goes to an endpoint, now. ticket: of the breaker, for this attempt."""
         self.attempts += 1
@@ -82,13 +101,15 @@ class Exchange:
         self._lease = lease
         self._breaker = breaker
         self._ticket = ticket
+        self._under_way = True
         self._sink.started(RequestStarted(self.model, endpoint))
         self._overhead += self._clock() - self._mark
 
     async def retreat(self, error: BaseException | None, outcome: Outcome) -> None:
         """The attempt has failed, with an error or (None) an answer that says so. Another may follow."""
-        if self._lease:
-            self._settle(outcome)
+        self._settle(outcome)
+        if self._under_way:
+            self._under_way = False
             kind = "upstream_4xx" if error is None else error_type(error) or "internal_error"
             self._sink.failed(AttemptFailed(self.model, self.endpoint, kind))
         if self._answer:
@@ -117,6 +138,8 @@ class Exchange:
         now = self._clock()
         if self._first is None:
             self._first = now
+        if self._lease:
+            self._lease.token(now)
         if self._breaker and self._breaker.state is not _CLOSED:
             self._ticket = self._breaker.record(Outcome.SUCCESS, now, self._ticket)
 
@@ -134,23 +157,25 @@ class Exchange:
         if self._closed:
             return
         self._closed = True
-        under_way = self._lease is not None
-        if under_way:
-            self._settle(_SUCCESS if self._whole and self._status < 400 else _NEUTRAL)
+        finished = self._finished()
+        well = self._whole and self._status < 400 and self._error is None
+        self._settle(_SUCCESS if well else _NEUTRAL, finished.tokens_in)
         try:
-            self._sink.finished(self._finished(under_way))
+            self._sink.finished(finished)
         finally:
             if self._answer:
                 await self._answer.close()
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: Outcome, tokens_in: int = 0) -> None:
         lease, self._lease = self._lease, None
-        if lease:
-            lease.release()
+        if lease is None:
+            return
+        now = self._clock()
+        lease.release(now, failed=outcome is _FAILURE, tokens_in=tokens_in)
         if self._breaker:
-            self._breaker.record(outcome, self._clock(), self._ticket)
+            self._breaker.record(outcome, now, self._ticket)
 
-    def _finished(self, under_way: bool) -> RequestFinished:
+    def _finished(self) -> RequestFinished:
         now, tally = self._clock(), self._account.tally if self._account else None
         usage = tally.usage if tally else None
         tokens_out = usage.tokens_out if usage else 0
@@ -169,7 +194,7 @@ class Exchange:
             tokens_in=usage.tokens_in if usage else 0,
             tokens_out=tokens_out,
             tokens_cached=usage.cached if usage else 0,
-            under_way=under_way,
+            under_way=self._under_way,
             level=self.level,
             resumed=self.resumed,
         )

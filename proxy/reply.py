@@ -2,10 +2,10 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from proxy import wire
+from proxy import sse, wire
 from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount
 from proxy.continuation import Continuation
-from proxy.errors import ErrorEvent, FirstTokenTimeout, MalformedAnswer, TruncatedAnswer, UpstreamError
+from proxy.errors import DeadlinePassed, ErrorEvent, FirstTokenTimeout, MalformedAnswer, TruncatedAnswer, UpstreamError
 from proxy.relay import Exchange
 from proxy.renaming import EventRenamer
 from proxy.splice import Splice
@@ -96,6 +96,13 @@ class Reply:
         if self.mending is None:
             raise Cut from error
         return await self.mending(self, error)
+
+    def expire(self, error: DeadlinePassed) -> bytes:
+        """The client waits no longer: return the end of what it gets. Raises Cut if that cannot be told."""
+        self._exchange.fail(error)
+        if not self.is_event_stream:
+            raise Cut from error
+        return self._passed(self._account.broken()) + sse.error_event(error.envelope())
 
     async def open(self, deadline: float, clock: Callable[[], float]) -> None:
         """Read up to the first token, so that nothing is sent before. Raises UpstreamError."""

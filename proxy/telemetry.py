@@ -68,6 +68,13 @@ class BreakerChanged(msgspec.Struct, frozen=True, gc=False):
     until: float
 
 
+class RequestQueued(msgspec.Struct, frozen=True, gc=False):
+    """A request waits, because every endpoint of its model has as many as it may have; or it does no longer."""
+
+    model: str
+    waits: bool
+
+
 class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     """A request is over.
 
@@ -103,6 +110,8 @@ class Sink(Protocol):
     def started(self, event: RequestStarted) -> None: ...
 
     def failed(self, event: AttemptFailed) -> None: ...
+
+    def queued(self, event: RequestQueued) -> None: ...
 
     def finished(self, event: RequestFinished) -> None: ...
 

@@ -6,10 +6,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from engines.spec import FleetStatus
+from engines.spec import EngineSettings, FleetStatus, Simulation
+from proxy.admission import Admission
+from proxy.app import make_balancer, make_board
 from proxy.chat import Chat, Incoming
-from proxy.config import Config, EndpointSettings, ModelSettings
+from proxy.config import Config, EndpointSettings, ModelSettings, Queue
+from proxy.deadline import HEADER, Deadline
 from proxy.endpoints import Endpoints
+from proxy.errors import DeadlinePassed
+from proxy.fallback import Ways
 from proxy.limits import Limits
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
@@ -25,9 +30,13 @@ class FakeTransport:
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
+        self.headers: list[tuple[bytes, bytes]] = []
 
-    async def send(self, method: bytes, path: bytes, headers: object, body: bytes, timeouts: object) -> "FakeAnswer":
+    async def send(
+        self, method: bytes, path: bytes, headers: list[tuple[bytes, bytes]], body: bytes, timeouts: object
+    ) -> "FakeAnswer":
         self.bodies.append(body)
+        self.headers = headers
         return FakeAnswer()
 
     async def close(self) -> None:
@@ -57,24 +66,35 @@ class FakeAnswer:
 
 def asked(path: str, body: dict[str, object], *, stream_usage: bool = True) -> tuple[bytes, bytes]:
     """Return what the endpoint of a remote model was sent, and what its client gets."""
-    endpoint = EndpointSettings(base_url="http://x/v1", stream_usage=stream_usage)
+    transport, got = answered(path, body, EndpointSettings(base_url="http://x/v1", stream_usage=stream_usage))
+    return transport.bodies[0], got
+
+
+def chat_of(config: Config, live: LiveRegistry, transport: FakeTransport) -> Chat:
+    metrics = Metrics(config)
+    admission = Admission(make_balancer(config, make_board(config)), {"m": Queue()}, metrics)
+    return Chat(Ways(live, Endpoints(metrics), admission, lambda _: transport, 60.0, Limits()))  # type: ignore
+
+
+def answered(
+    path: str, body: dict[str, object], endpoint: EndpointSettings, deadline: Deadline | None = None
+) -> tuple[FakeTransport, bytes]:
+    """Send a request through, and return the transport that it went by and what its client gets."""
     config = Config(models={"m": ModelSettings(endpoints=(endpoint,))})
     transport = FakeTransport()
     live = LiveRegistry(build(config, FleetStatus(version=0)))
-    metrics = Metrics(config)
-    chat = Chat(live, lambda endpoint: transport, 1.0, Limits(), Endpoints(metrics))  # type: ignore[arg-type, return-value]
-    request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id")
+    chat = chat_of(config, live, transport)
+    request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id", None, deadline)
 
     async def story() -> bytes:
-        exchange = Exchange(metrics, "chat" if "chat" in path else "responses")
+        exchange = Exchange(Metrics(config), "chat" if "chat" in path else "responses")
         reply = await chat.answer(request, exchange)
         assert reply.body
         passed = [reply.opening, *[reply.read(data) async for data in reply.body]]
         await exchange.close()
         return b"".join([*passed, reply.end()])
 
-    got = asyncio.run(story())
-    return transport.bodies[0], got
+    return transport, asyncio.run(story())
 
 
 def test_an_endpoint_is_asked_what_a_stream_used_and_the_client_does_not_see_it():
@@ -96,3 +116,25 @@ def test_no_endpoint_is_asked_that_refuses_or_tells_by_itself(path, body, stream
     sent, got = asked(path, body, stream_usage=stream_usage)
     assert sent == json.dumps(body).encode()
     assert got == END + USAGE
+
+
+@pytest.mark.parametrize("pass_timeout", [True, False])
+def test_a_deadline_is_passed_on_to_those_who_know_it(pass_timeout):
+    endpoint = EndpointSettings(base_url="http://x/v1", pass_timeout=pass_timeout)
+    deadline = Deadline.of([(HEADER, b"30")])
+    transport, _ = answered("/v1/chat/completions", {"model": "m"}, endpoint, deadline)
+    told = [float(value) for name, value in transport.headers if name == HEADER]
+    assert len(told) == pass_timeout
+    assert all(0 < seconds <= 30 for seconds in told)
+
+
+def test_a_deadline_ends_the_wait_for_an_engine_that_starts():
+    config = Config(models={"m": ModelSettings(engine=EngineSettings(simulator=Simulation()))})
+    live = LiveRegistry(build(config, FleetStatus(version=0)))
+    chat = chat_of(config, live, FakeTransport())
+    deadline = Deadline.of([(HEADER, b"0.01")])
+    request = Incoming("POST", "/v1/chat/completions", b"", [], b'{"model":"m"}', b"id", None, deadline)
+    assert deadline
+    with pytest.raises(DeadlinePassed):
+        asyncio.run(deadline.bound(chat.answer(request, Exchange(Metrics(config), "chat"))))
+    assert "0 waiting" in repr(live)

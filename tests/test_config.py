@@ -67,6 +67,13 @@ def test_a_remote_model_gives_no_engine(load):
         ("server:\n  prot: 9000\n", 2, ["server.prot", "did you mean 'port'"]),
         (LOCAL + "      quantisation: fp8\n", 6, ["models.small.engine.quantisation", "did you mean 'quantization'"]),
         (LOCAL + "    colour: red\n", 6, ["models.small.colour", "known: engine, endpoints"]),
+        (
+            LOCAL + "    balance: random\n",
+            6,
+            ["models.small.balance", "'random' is none of", "predicted_ttft", "adaptive"],
+        ),
+        (LOCAL + "    queue:\n      size: -1\n", 7, ["models.small.queue.size", ">= 0"]),
+        (LOCAL + "      max_in_flight: 0\n", 6, ["models.small.engine.max_in_flight", ">= 1"]),
         ("server:\n  port: 70000\n", 2, ["server.port", "<= 65535"]),
         ("server:\n  port: [1]\n", 2, ["server.port", "expected `int`"]),
         (LOCAL.replace("replicas: 1", "replicas: 0"), 5, ["models.small.engine.replicas", ">= 1"]),

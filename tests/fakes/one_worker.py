@@ -10,10 +10,13 @@ import uvicorn
 
 from engines.spec import FleetStatus
 from proxy import inbound, registry
+from proxy.admission import Admission
 from proxy.api import Api, build_app
+from proxy.app import make_balancer, make_board
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
+from proxy.fallback import Ways
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
 from proxy.recovery import Recovery
@@ -35,7 +38,10 @@ class Proxy:
         self.live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
         self.transports: dict[str, LocalTransport] = {}
         self.recovery = Recovery(self.live, self.endpoints, self.transport_to, interval=0.01)
-        chat = Chat(self.live, self.transport_to, config.server.start_wait, config.limits, self.endpoints)
+        self.balancer = make_balancer(config, make_board(config))
+        admission = Admission(self.balancer, {name: m.queue for name, m in config.models.items()}, self.metrics)
+        wait, limits = config.server.start_wait, config.limits
+        chat = Chat(Ways(self.live, self.endpoints, admission, self.transport_to, wait, limits))
         self.app = build_app(Api(chat, self.live, self.metrics, config.server), [], [])
         self.client = httpx2.AsyncClient()
         self.port = 0
