@@ -136,6 +136,25 @@ def logs(engine: str, lines: int, follow: bool, state_dir: Path | None, data_dir
     _ask(state_dir, data_dir, print_log)
 
 
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@_state_options
+def endpoints(as_json: bool, state_dir: Path | None, data_dir: Path | None) -> None:
+    """List every endpoint of a running server with its circuit breaker.
+
+    Each worker has a breaker of its own: the state is that of most concern, with the number of workers that have it.
+    """
+    report = _ask(state_dir, data_dir, lambda client: client.report("endpoints"))
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(report, indent=2))
+    else:
+        from proxy.console import show_endpoints
+
+        show_endpoints(report)
+
+
 def default_config() -> Path:
     """Return the configuration to use when none is named."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")

@@ -12,9 +12,13 @@ from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.endpoints import Endpoints
+from proxy.fallback import Ways
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry, watch_fleet
+from proxy.recovery import Recovery
 from proxy.registry import Endpoint
+from proxy.telemetry import Sink
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
 
@@ -30,6 +34,8 @@ class Worker:
         self._balancer = make_balancer(config, board)
         self._supervisor = LocalTransport(f"unix:{control_socket}")
         self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
+        self._endpoints = Endpoints(metrics)
+        self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
         # All mutable state: a transport for each address in use, and the tasks that follow supervisor and engines.
         self._transports: dict[str, Transport] = {}
         self._following: list[asyncio.Task[None]] = []
@@ -39,10 +45,10 @@ class Worker:
 
     def app(self) -> ASGIApp:
         """Return the ASGI application; it starts and stops with this worker."""
-        queues = {name: model.queue for name, model in self._config.models.items()}
-        admission = Admission(self._balancer, queues, self._metrics)
-        chat = Chat(self._live, self._transport_to, self._config.server.start_wait, self._config.limits, admission)
-        api = Api(chat, self._live, self._metrics, self._config.server)
+        server = self._config.server
+        admission = make_admission(self._config, self._balancer, self._metrics)
+        ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
+        api = Api(Chat(ways), self._live, self._metrics, server)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:
@@ -57,6 +63,7 @@ class Worker:
         for task in self._following:
             task.cancel()
         await asyncio.gather(*self._following, return_exceptions=True)
+        await self._recovery.close()
         for transport in (*self._transports.values(), self._supervisor):
             await transport.close()
 
@@ -72,6 +79,11 @@ def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:
     names = {name: model.endpoint_names(name) for name, model in config.models.items()}
     learning = [name for name in names if len(names[name]) > 1 and config.models[name].balance == "predicted_ttft"]
     return Board(names, learning, config.server.workers, worker, memory)
+
+
+def make_admission(config: Config, balancer: Balancer, sink: Sink) -> Admission:
+    """Make what lets requests in, with the queue of each model."""
+    return Admission(balancer, {name: model.queue for name, model in config.models.items()}, sink)
 
 
 def make_balancer(config: Config, board: Board) -> Balancer:

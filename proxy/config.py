@@ -7,7 +7,7 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -96,7 +96,9 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
     provider, which says what it takes. stream_usage: false for a server that refuses `stream_options`; what its streams
     use is then not accounted. max_in_flight: requests that it gets at once; any number if left out. pass_timeout: true
-    for another Polyvox, which is told how long the client still waits (`x-request-timeout`).
+    for another Polyvox, which is told how long the client still waits (`x-request-timeout`). continues: whether a chat
+    that broke elsewhere can go on there, as with vLLM's `continue_final_message`; where left out, of anthropic's only.
+    Completions go on anywhere.
     """
 
     base_url: str
@@ -109,14 +111,44 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stream_usage: bool = True
     max_in_flight: Count | None = None
     pass_timeout: bool = False
+    continues: bool | None = None
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds: to connect, to the first byte of an answer, and between two reads of it."""
+    """Seconds: to connect, to the first byte of an answer, and between two reads of it.
+
+    first_token, between_tokens: the same for streams, whose head engines send at once; without them, those for bytes.
+    While nothing has been sent to the client, each leads to the next endpoint.
+    """
 
     connect: Seconds = 5.0
     first_byte: Seconds = 600.0
     between_bytes: Seconds = 120.0
+    first_token: Seconds | None = None
+    between_tokens: Seconds | None = None
+
+
+class BreakerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When an endpoint is no longer asked, and for how long.
+
+    failures: so many in a row. error_rate: such a share within a window of so many seconds, of `minimum` requests or
+    more. recovery: seconds until one request tries whether it is back; doubled each time that it is not, up to
+    max_recovery. A health check that is passed ends the wait.
+    """
+
+    failures: Annotated[int, Meta(ge=1)] = 5
+    error_rate: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    minimum: Annotated[int, Meta(ge=1)] = 20
+    window: Annotated[float, Meta(gt=0)] = 30.0
+    recovery: Annotated[float, Meta(gt=0)] = 60.0
+    max_recovery: Annotated[float, Meta(gt=0)] = 600.0
+
+
+class RetrySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much is tried again, of all the requests for a model: a share of them, and so many a second in any case."""
+
+    share: Annotated[float, Meta(ge=0, le=1)] = 0.2
+    per_second: Annotated[float, Meta(ge=0)] = 3.0
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,6 +163,8 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeouts: Timeouts = Timeouts()
     balance: Balance = "predicted_ttft"
     queue: Queue = Queue()
+    breaker: BreakerSettings = BreakerSettings()
+    retries: RetrySettings = RetrySettings()
     allow: tuple[str, ...] = ()
 
     def endpoint_names(self, model: str) -> tuple[str, ...]:
@@ -138,13 +172,20 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(f"{model}/{i}" for i in range(self.engine.replicas if self.engine else len(self.endpoints)))
 
 
+TASK = "task:"  # what a key of `fallbacks` begins with that stands for a kind of request, not for a model
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole configuration."""
+    """The whole configuration.
+
+    fallbacks: for a model, an alias or `task:NAME`, the models that answer when it cannot, in their order.
+    """
 
     server: Server = Server()
     limits: Limits = Limits()
     models: dict[str, ModelSettings] = {}
     aliases: dict[str, str] = {}
+    fallbacks: dict[str, tuple[str, ...]] = {}
 
     def engines(self) -> tuple[EngineSpec, ...]:
         """Return one spec for each engine process: every replica of every local model."""
@@ -298,6 +339,7 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
         limits: dict[str, Any] = {}
         models: dict[str, Any] = {}
         aliases: dict[str, Any] = {}
+        fallbacks: dict[str, Any] = {}
 
     for name in environ:
         section = name.removeprefix("POLYVOX_").split("__")[0].lower()
@@ -347,6 +389,10 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
         },
         aliases={
             name: _convert(target, str, ("aliases", name), source) for name, target in _section(data, "aliases", source)
+        },
+        fallbacks={
+            name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
+            for name, chain in _section(data, "fallbacks", source)
         },
     )
 
@@ -425,6 +471,9 @@ def _check(config: Config, source: _Source) -> None:
         _check_model(name, model, source)
     for alias, target in config.aliases.items():
         _check_alias(alias, target, config, source)
+    for name, chain in config.fallbacks.items():
+        _check_chain(name, chain, config, source)
+    _check_loops(config, source)
 
 
 def _check_server(server: Server, source: _Source) -> None:
@@ -512,9 +561,47 @@ def _check_alias(alias: str, target: str, config: Config, source: _Source) -> No
     if target in config.aliases:
         raise source.error(path, f"{target!r} is itself an alias; name its model, {config.aliases[target]!r}")
     if target not in config.models:
-        near = difflib.get_close_matches(target, config.models, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"models: {', '.join(config.models) or 'none'}"
-        raise source.error(path, f"there is no model {target!r}; {hint}")
+        raise source.error(path, _no_such("model", target, config.models))
+
+
+def _no_such(kind: str, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"models: {', '.join(known) or 'none'}"
+    return f"there is no {kind} {name!r}; {hint}"
+
+
+def _check_chain(name: str, chain: tuple[str, ...], config: Config, source: _Source) -> None:
+    path = ("fallbacks", name)
+    names = (*config.models, *config.aliases)
+    if name == TASK or (not name.startswith(TASK) and name not in names):
+        raise source.error(path, _no_such("model or alias", name, names) + f", or {TASK}NAME for a kind of request")
+    if not chain:
+        raise source.error(path, "the chain is empty; name a model, or take the line out")
+    seen = set[str]()
+    for i, step in enumerate(chain):
+        if step not in names:
+            raise source.error((*path, i), _no_such("model or alias", step, names))
+        model = config.aliases.get(step, step)
+        if model in seen:
+            raise source.error((*path, i), f"the chain loops: {step!r} is in it twice")
+        seen.add(model)
+
+
+def _check_loops(config: Config, source: _Source) -> None:
+    """Refuse models that stand in for each other: when one fails, its load would make the other fail, and so on."""
+    leads = {
+        name: {config.aliases.get(step, step) for step in chain}
+        for name, chain in config.fallbacks.items()
+        if not name.startswith(TASK)
+    }
+    for name in leads:
+        start = config.aliases.get(name, name)
+        reached, new = set[str](), {start}
+        while new:
+            after = {s for key, steps in leads.items() if config.aliases.get(key, key) in new for s in steps}
+            reached, new = reached | after, after - reached
+        if start in reached:
+            raise source.error(("fallbacks", name), f"the chain loops: it leads back to {start!r}")
 
 
 _SHORTEST_SECRET = 6  # characters; shorter variables are ports and the like, which would be found everywhere

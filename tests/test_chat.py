@@ -7,23 +7,25 @@ from collections.abc import AsyncIterator
 import pytest
 
 from engines.spec import EngineSettings, FleetStatus, Simulation
-from proxy.admission import Admission
-from proxy.app import make_balancer, make_board
+from proxy.app import make_admission, make_balancer, make_board
 from proxy.chat import Chat, Incoming
-from proxy.config import Config, EndpointSettings, ModelSettings, Queue
+from proxy.config import Config, EndpointSettings, ModelSettings
 from proxy.deadline import HEADER, Deadline
+from proxy.endpoints import Endpoints
 from proxy.errors import DeadlinePassed
+from proxy.fallback import Ways
 from proxy.limits import Limits
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
 from proxy.registry import build
 from proxy.relay import Exchange
 
+END = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
 
 
 class FakeTransport:
-    """Remembers the bodies it is given, and answers with a stream of usage alone."""
+    """Remembers the bodies it is given, and answers with a stream of an end and usage."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -54,6 +56,7 @@ class FakeAnswer:
         return await anext(self._chunks)
 
     async def _pieces(self) -> AsyncIterator[bytes]:
+        yield END
         yield USAGE
 
     async def close(self) -> None:
@@ -73,14 +76,17 @@ def answered(
     config = Config(models={"m": ModelSettings(endpoints=(endpoint,))})
     transport = FakeTransport()
     live = LiveRegistry(build(config, FleetStatus(version=0)))
-    admission = Admission(make_balancer(config, make_board(config)), {"m": Queue()}, Metrics(config))
-    chat = Chat(live, lambda endpoint: transport, 1.0, Limits(), admission)  # type: ignore[arg-type, return-value]
+    metrics = Metrics(config)
+    admission = make_admission(config, make_balancer(config, make_board(config)), metrics)
+    ways = Ways(live, Endpoints(metrics), lambda endpoint: transport, 1.0, Limits(), admission)  # type: ignore[arg-type, return-value]
+    chat = Chat(ways)
     request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id", None, deadline)
 
     async def story() -> bytes:
-        exchange = Exchange(Metrics(config), "chat" if "chat" in path else "responses")
+        exchange = Exchange(metrics, "chat" if "chat" in path else "responses")
         reply = await chat.answer(request, exchange)
-        passed = [reply.read(data) async for data in reply.body]
+        assert reply.body
+        passed = [reply.opening, *[reply.read(data) async for data in reply.body]]
         await exchange.close()
         return b"".join([*passed, reply.end()])
 
@@ -90,7 +96,7 @@ def answered(
 def test_an_endpoint_is_asked_what_a_stream_used_and_the_client_does_not_see_it():
     sent, got = asked("/v1/chat/completions", {"model": "m", "stream": True})
     assert json.loads(sent)["stream_options"] == {"include_usage": True}
-    assert got == b""
+    assert got == END
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,7 @@ def test_an_endpoint_is_asked_what_a_stream_used_and_the_client_does_not_see_it(
 def test_no_endpoint_is_asked_that_refuses_or_tells_by_itself(path, body, stream_usage):
     sent, got = asked(path, body, stream_usage=stream_usage)
     assert sent == json.dumps(body).encode()
-    assert got == USAGE
+    assert got == END + USAGE
 
 
 @pytest.mark.parametrize("pass_timeout", [True, False])
@@ -121,11 +127,12 @@ def test_a_deadline_is_passed_on_to_those_who_know_it(pass_timeout):
 def test_a_deadline_ends_the_wait_for_an_engine_that_starts():
     config = Config(models={"m": ModelSettings(engine=EngineSettings(simulator=Simulation()))})
     live = LiveRegistry(build(config, FleetStatus(version=0)))
-    admission = Admission(make_balancer(config, make_board(config)), {"m": Queue()}, Metrics(config))
-    chat = Chat(live, FakeTransport, 60.0, Limits(), admission)  # type: ignore[arg-type]
+    metrics = Metrics(config)
+    admission = make_admission(config, make_balancer(config, make_board(config)), metrics)
+    chat = Chat(Ways(live, Endpoints(metrics), FakeTransport, 60.0, Limits(), admission))  # type: ignore[arg-type]
     deadline = Deadline.of([(HEADER, b"0.01")])
     request = Incoming("POST", "/v1/chat/completions", b"", [], b'{"model":"m"}', b"id", None, deadline)
     assert deadline
     with pytest.raises(DeadlinePassed):
-        asyncio.run(deadline.bound(chat.answer(request, Exchange(Metrics(config), "chat"))))
+        asyncio.run(deadline.bound(chat.answer(request, Exchange(metrics, "chat"))))
     assert "0 waiting" in repr(live)

@@ -172,6 +172,14 @@ class Balancer:
             group.expect(lease, now + loads[i].tokens / loads[i].rate)
         return able[i], lease
 
+    def has_room(self, model: str, candidates: Sequence[Candidate], now: float) -> bool:
+        """Say whether one of the candidates has fewer requests than it may have."""
+        if any(candidate.max_in_flight is None for candidate in candidates):
+            return True
+        group = self._groups[model]
+        group.update(now)
+        return bool(_able(candidates, group.loads)[0])
+
     def on_release(self, model: str, freed: Callable[[], None]) -> None:
         """Have something called whenever a request of this worker for a model is over."""
         for load in self._groups[model].everything:
