@@ -205,9 +205,14 @@ class Balancer:
         table, all_loads = group.table, group.everything
         assert table is not None
         group.expire(now)
-        found = table.found(prompt, [load.clock - load.capacity for load in all_loads])
         per_byte, size = group.scale.tokens_per_byte, prompt.size
         whole, each = size * per_byte, prompt.share * per_byte
+        if not prompt.marks:
+            uncached = [whole] * len(loads)
+            i = policies.predicted_ttft(loads, uncached, self._chance)
+            loads[i].advance(size)
+            return i, Ask(size, whole, whole, streamed)
+        found = table.found(prompt, [load.clock - load.capacity for load in all_loads])
         uncached = [whole - load.trust * each * found[load.index] for load in loads]
         i = policies.predicted_ttft(loads, uncached, self._chance)
         load = loads[i]
