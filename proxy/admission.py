@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter
+from time import monotonic
 from typing import TypeVar
 
 import msgspec
@@ -74,7 +74,7 @@ class Admission:
     """
 
     def __init__(
-        self, balancer: Balancer, queues: Mapping[str, Queue], sink: Sink, clock: Callable[[], float] = perf_counter
+        self, balancer: Balancer, queues: Mapping[str, Queue], sink: Sink, clock: Callable[[], float] = monotonic
     ) -> None:
         """queues: of each model. clock: the one that leases are told the time of."""
         self._balancer = balancer
@@ -89,9 +89,11 @@ class Admission:
     def __repr__(self) -> str:
         return f"<Admission {self._lines!r} {self._balancer!r}>"
 
-    def prompt(self, model: str, fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> Prompt | None:
+    def prompt(
+        self, model: str, fields: Mapping[str, bytes | msgspec.Raw], salt: str | None, size: int
+    ) -> Prompt | None:
         """See Balancer.prompt."""
-        return self._balancer.prompt(model, fields, salt)
+        return self._balancer.prompt(model, fields, salt, size)
 
     def pick(
         self, model: str, candidates: Sequence[C], prompt: Prompt | None = None, streamed: bool = True
@@ -100,6 +102,10 @@ class Admission:
         if self._lines[model].waiting:
             return None
         return self._balancer.pick(model, candidates, prompt, self._clock(), streamed)
+
+    def has_room(self, model: str, candidates: Sequence[Candidate]) -> bool:
+        """Say whether one of the candidates can be had at once."""
+        return not self._lines[model].waiting and self._balancer.has_room(model, candidates, self._clock())
 
     async def wait(
         self, model: str, candidates: Callable[[], Sequence[C]], prompt: Prompt | None = None, streamed: bool = True

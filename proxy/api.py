@@ -153,10 +153,23 @@ class Api:
             if passing:
                 await send({"type": "http.response.body", "body": passing, "more_body": True})
             try:
-                passing, more = await _pass(reply, send, deadline)
+                assert reply.body is not None
+                async for data in deadline.bounded(reply.body) if deadline else reply.body:
+                    if passing := reply.read(data):
+                        await send({"type": "http.response.body", "body": passing, "more_body": True})
+                passing, more = reply.end(), False
+            except UpstreamError as e:
+                passing, more = await self._mended(reply, e, deadline)
             except DeadlinePassed as e:
-                passing, more = reply.expire(e), False
+                passing, more = reply.give_up(e), False
         await send({"type": "http.response.body", "body": passing, "more_body": False})
+
+    async def _mended(self, reply: Reply, error: UpstreamError, deadline: Deadline | None) -> tuple[bytes, bool]:
+        mending = reply.mend(error)
+        try:
+            return await (deadline.bound(mending) if deadline else mending)
+        except DeadlinePassed as e:
+            return reply.give_up(e), False
 
     async def _show_models(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         registry = self._live.current
@@ -190,18 +203,6 @@ class Api:
             "max_model_len": model.context_length,
             "state": model.state,
         }
-
-
-async def _pass(reply: Reply, send: Send, deadline: Deadline | None) -> tuple[bytes, bool]:
-    """Send what comes of a body; return what is still to be sent, and whether more follows on that."""
-    assert reply.body is not None
-    try:
-        async for data in deadline.bounded(reply.body) if deadline else reply.body:
-            if passing := reply.read(data):
-                await send({"type": "http.response.body", "body": passing, "more_body": True})
-        return reply.end(), False
-    except UpstreamError as e:
-        return await (deadline.bound(reply.mend(e)) if deadline else reply.mend(e))
 
 
 def _condition(model: Model) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import asyncio
 from pathlib import Path
-from time import monotonic
 
 from litestar.types import ASGIApp
 
@@ -14,11 +13,12 @@ from proxy.balancer import Balancer, Board
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
+from proxy.fallback import Ways
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry, watch_fleet
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
-from proxy.route import Ways
+from proxy.telemetry import Sink
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
 
@@ -46,9 +46,8 @@ class Worker:
     def app(self) -> ASGIApp:
         """Return the ASGI application; it starts and stops with this worker."""
         server = self._config.server
-        queues = {name: model.queue for name, model in self._config.models.items()}
-        admission = Admission(self._balancer, queues, self._metrics, monotonic)
-        ways = Ways(self._live, self._endpoints, admission, self._transport_to, server.start_wait, self._config.limits)
+        admission = make_admission(self._config, self._balancer, self._metrics)
+        ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
         api = Api(Chat(ways), self._live, self._metrics, server)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
@@ -80,6 +79,11 @@ def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:
     names = {name: model.endpoint_names(name) for name, model in config.models.items()}
     learning = [name for name in names if len(names[name]) > 1 and config.models[name].balance == "predicted_ttft"]
     return Board(names, learning, config.server.workers, worker, memory)
+
+
+def make_admission(config: Config, balancer: Balancer, sink: Sink) -> Admission:
+    """Make what lets requests in, with the queue of each model."""
+    return Admission(balancer, {name: model.queue for name, model in config.models.items()}, sink)
 
 
 def make_balancer(config: Config, board: Board) -> Balancer:

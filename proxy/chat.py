@@ -4,11 +4,10 @@ import msgspec
 
 from proxy import forbidden, limits, reply, wire
 from proxy.deadline import Deadline
-from proxy.fallback import Walk
+from proxy.fallback import Walk, Ways
 from proxy.providers import Asked
 from proxy.relay import Exchange
 from proxy.reply import Reply
-from proxy.route import Ways
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -51,8 +50,9 @@ class Chat:
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
         forbidden.check(envelope.fields, model.policy, self._ways.limits)
         exchange.model = model.name
-        asked, chain = _asked(request, envelope, form=form), registry.chains.get(envelope.model, ())
-        return await Walk(self._ways, asked, request.deadline, model, chain, exchange).answer()
+        asked = _asked(request, envelope, form=form)
+        chain = registry.chains.get(envelope.model, ())
+        return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
 
 
 def _content_type(request: Incoming) -> bytes:

@@ -95,10 +95,10 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, or the name of an entry
     point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
     provider, which says what it takes. stream_usage: false for a server that refuses `stream_options`; what its streams
-    use is then not accounted. continues: whether a chat that broke elsewhere can go on there, as with vLLM's
-    `continue_final_message`; where left out, of anthropic's only. Completions go on anywhere. max_in_flight: requests
-    that it gets at once; any number if left out. pass_timeout: true for another Polyvox, which is told how long the
-    client still waits (`x-request-timeout`).
+    use is then not accounted. max_in_flight: requests that it gets at once; any number if left out. pass_timeout: true
+    for another Polyvox, which is told how long the client still waits (`x-request-timeout`). continues: whether a chat
+    that broke elsewhere can go on there, as with vLLM's `continue_final_message`; where left out, of anthropic's only.
+    Completions go on anywhere.
     """
 
     base_url: str
@@ -109,9 +109,9 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: Annotated[float, Meta(ge=0)] = 1.0
     model: str | None = None
     stream_usage: bool = True
-    continues: bool | None = None
     max_in_flight: Count | None = None
     pass_timeout: bool = False
+    continues: bool | None = None
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,10 +161,10 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: EngineSettings | None = None
     endpoints: tuple[EndpointSettings, ...] = ()
     timeouts: Timeouts = Timeouts()
-    breaker: BreakerSettings = BreakerSettings()
-    retries: RetrySettings = RetrySettings()
     balance: Balance = "predicted_ttft"
     queue: Queue = Queue()
+    breaker: BreakerSettings = BreakerSettings()
+    retries: RetrySettings = RetrySettings()
     allow: tuple[str, ...] = ()
 
     def endpoint_names(self, model: str) -> tuple[str, ...]:

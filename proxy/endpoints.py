@@ -1,4 +1,4 @@
-"""What a worker knows of each endpoint: whether it works, and is to be asked."""
+"""What a worker knows of each endpoint: whether it works, and may be asked."""
 
 import logging
 import random
@@ -23,19 +23,17 @@ class Standing:
     __slots__ = ("breaker", "endpoint", "max_in_flight", "name", "weight")
 
     def __init__(self, endpoint: Endpoint, breaker: Breaker) -> None:
-        self.name = endpoint.name
+        # All mutable state is what it holds; the endpoint is as the newest registry has it.
         self.breaker = breaker
-        # All mutable state: the endpoint as the newest registry has it, and of that what the balancer looks at.
-        self.update(endpoint)
+        self.renew(endpoint)
 
     def __repr__(self) -> str:
         return f"<Standing {self.name} {self.breaker!r}>"
 
-    def update(self, endpoint: Endpoint) -> None:
-        """The registry is a new one."""
+    def renew(self, endpoint: Endpoint) -> None:
+        """Take the endpoint as it is now; what the balancer asks for is at hand."""
         self.endpoint = endpoint
-        self.weight = endpoint.weight
-        self.max_in_flight = endpoint.max_in_flight
+        self.name, self.weight, self.max_in_flight = endpoint.name, endpoint.weight, endpoint.max_in_flight
 
 
 class _Ready(NamedTuple):
@@ -112,7 +110,7 @@ class Endpoints:
             standing = self._standings[endpoint.name] = Standing(endpoint, breaker)
         elif standing.endpoint.since != endpoint.since:
             standing.breaker.renew()
-        standing.update(endpoint)
+        standing.renew(endpoint)
         return standing
 
     def _changed(self, name: str, change: Change) -> None:

@@ -246,6 +246,16 @@ class EngineStopped(RequestError):
         super().__init__(f"The model {model!r} is not available: its engine is {state}.")
 
 
+class DeadlinePassed(RequestError):
+    """The time that the client gave its request is over."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("The answer was not complete in the time given (x-request-timeout).")
+
+
 class Unavailable(RequestError):
     """Every endpoint that could answer has failed so often that it is not asked for a while."""
 
@@ -255,16 +265,6 @@ class Unavailable(RequestError):
     def __init__(self, model: str, wait: float) -> None:
         super().__init__(f"The model {model!r} is not available: it has failed too often just now; try again soon.")
         self.retry_after = max(1, math.ceil(wait))
-
-
-class DeadlinePassed(RequestError):
-    """The time that the client gave its request is over."""
-
-    status = 504
-    code = "deadline_exceeded"
-
-    def __init__(self) -> None:
-        super().__init__("The answer was not complete in the time given (x-request-timeout).")
 
 
 class BadGateway(RequestError):

@@ -16,10 +16,14 @@ import msgspec
 from proxy.breaker import Outcome
 from proxy.errors import (
     BadGateway,
+    BadRequest,
     ConnectFailed,
     ConnectTimeout,
+    EngineStopped,
     ErrorEvent,
     InvalidRequest,
+    NotReady,
+    PathNotServed,
     PoolTimeout,
     RequestError,
     TooBusy,
@@ -65,8 +69,8 @@ class Verdict(NamedTuple):
 _FAILED = Verdict(Outcome.FAILURE)
 _FINAL = Verdict(Outcome.NEUTRAL, elsewhere=False)
 BUSY = Verdict(Outcome.NEUTRAL)  # it has too much to do, or does not want us
-_NO_ROOM = Verdict(Outcome.NEUTRAL, sent=False)
 _PASSES = Verdict(Outcome.FAILURE, again=True)
+_NOT_NOW = Verdict(Outcome.NEUTRAL, sent=False)
 _OF_ERRORS: dict[type[Exception], Verdict] = {
     InvalidRequest: _FINAL,
     ConnectFailed: Verdict(Outcome.FAILURE, again=True, sent=False),
@@ -75,14 +79,18 @@ _OF_ERRORS: dict[type[Exception], Verdict] = {
     TruncatedAnswer: _PASSES,
     UpstreamError: _FAILED,
     BadGateway: BUSY,
-    TooBusy: _NO_ROOM,
-    Unavailable: _NO_ROOM,
+    **dict.fromkeys((TooBusy, NotReady, EngineStopped, Unavailable), _NOT_NOW),
     RequestError: _FINAL,
 }
 
 
-def verdict(error: Exception) -> Verdict:
-    """Judge what was raised on the way to an endpoint and back."""
+def verdict(error: Exception, *, of_chain: bool = False) -> Verdict:
+    """Judge what was raised on the way to an endpoint and back.
+
+    of_chain: the endpoint is not one of the model that was asked for; what it cannot be asked, others may.
+    """
+    if of_chain and isinstance(error, (BadRequest, PathNotServed)):
+        return _NOT_NOW
     if isinstance(error, ErrorEvent) and status_of(error):
         return _FINAL
     if isinstance(error, UpstreamFailed):

@@ -11,79 +11,114 @@ What has been sent to an endpoint in vain is paid from the retry budget. Nothing
 token, or the whole of a document, is here. After it, a stream that breaks goes on at an endpoint that can continue it.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
-from proxy import failures, providers, sse
+from proxy import failures, forbidden, providers, sse
 from proxy import reply as replies
-from proxy.balancer import Lease
+from proxy.admission import Admission
+from proxy.balancer import Lease, Prompt
 from proxy.continuation import COMPLETIONS, Continuation
 from proxy.deadline import Deadline
-from proxy.endpoints import Standing
+from proxy.endpoints import Endpoints, Standing
 from proxy.errors import (
     BadGateway,
+    EngineStopped,
     ErrorEvent,
+    NotReady,
     RequestError,
-    TooBusy,
     Unavailable,
     UpstreamError,
     UpstreamFailed,
     upstream_failure,
 )
 from proxy.failures import Verdict
+from proxy.length import Length
+from proxy.limits import Limits
+from proxy.probe import LiveRegistry
 from proxy.providers import Asked
 from proxy.registry import Endpoint, Model
 from proxy.relay import Exchange
 from proxy.reply import Cut, Reply
-from proxy.route import Place, Route, Ways
-from proxy.transport import Answer, Timeouts
+from proxy.retries import backoff
+from proxy.transport import Answer, Timeouts, Transport
 
+Key = tuple[str, float]  # of a process at an endpoint: its name, and since when it is there
+
+_NONE: frozenset[Key] = frozenset()
 _TOO_LONG = frozenset((400, 413))  # what engines answer to a prompt that is longer than their context, among others
 _MOST_BREAKS = 8  # of one stream; whatever it is that ends its engines, it is not to end more of them
 _AT_FIRST = ((b"x-polyvox-fallback-level", b"0"), (b"x-polyvox-attempts", b"1"))
 
 
+class Ways(NamedTuple):
+    """What all walks share. start_wait: seconds for an engine to start."""
+
+    live: LiveRegistry
+    endpoints: Endpoints
+    transport_to: Callable[[Endpoint], Transport]
+    start_wait: float
+    limits: Limits
+    admission: Admission
+
+
+class Place(msgspec.Struct, frozen=True, gc=False):
+    """Where an attempt may be made: one of some endpoints. level: how many models of the chain were passed over."""
+
+    level: int
+    model: Model
+    candidates: list[Standing]
+
+
 class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
-    __slots__ = ("_asked", "_at", "_breaks", "_deadline", "_endpoint", "_exchange", "_first", "_of", "_route", "_ways")
+    __slots__ = (
+        "_again", "_asked", "_at", "_breaks", "_chain", "_context", "_deadline", "_exchange", "_first", "_key",
+        "_length", "_model", "_must_continue", "_of", "_tried", "_waited", "_ways",
+    )  # fmt: skip
 
     def __init__(
-        self,
-        ways: Ways,
-        asked: Asked,
-        deadline: Deadline | None,
-        model: Model,
-        chain: Sequence[str],
-        exchange: Exchange,
-    ) -> None:
-        """deadline: of which an endpoint is told, if it wants to be. chain: names of models."""
+        self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange,
+        deadline: Deadline | None = None,
+    ) -> None:  # fmt: skip
         self._ways = ways
-        self._asked = asked
         self._deadline = deadline
+        self._asked = asked
+        self._chain = chain
         self._exchange = exchange
-        # All mutable state: where it has been; of the last attempt, the model that it was made for, the endpoint as it
-        # was then, and how that stands.
-        self._route = Route(ways, asked.envelope.fields, model, chain)
+        # All mutable state: the model as the newest registry has it; of the attempt that is under way, the model that
+        # it is made for, how its endpoint stands, and which process is there.
+        self._model = model
         self._of = model
-        self._endpoint: Endpoint | None = None
         self._at: Standing | None = None
+        self._key: Key = ("", 0.0)
+        # What was tried; of that, what may be asked again in a moment (None: it was); whether an engine was waited for.
+        self._tried: frozenset[Key] = _NONE
+        self._again: frozenset[Key] | None = _NONE
+        self._waited = False
         # What the client is told, or given, if nothing helps; how often the stream broke.
         self._first: Exception | Reply | None = None
         self._breaks = 0
+        # What an endpoint must have: a longer context than this, the ability to continue. How long the prompt is.
+        self._context = 0
+        self._must_continue = False
+        self._length: Length | None = None
 
     def __repr__(self) -> str:
-        return f"<Walk {self._exchange.attempts} attempts, {self._route!r}>"
+        return f"<Walk {self._model.name}, {self._exchange.attempts} attempts, tried {sorted(self._tried)}>"
 
     async def answer(self) -> Reply:
         """Return the first answer that is one, or the error that no other endpoint can better. Raises the same."""
-        self._ways.endpoints.budget(self._route.model).earn()
-        while place := self._route.find() or await self._later():
+        self._ways.endpoints.budget(self._model).earn()
+        while place := self._find() or await self._later():
             try:
                 reply = await self._attempt(place)
             except (UpstreamError, RequestError) as error:
-                await self._leave(error, said := failures.verdict(error))
+                await self._leave(error, said := failures.verdict(error, of_chain=place.level > 0))
                 if not self._may_go_on(said):
                     break
             else:
@@ -91,10 +126,80 @@ class Walk:
                     return self._labelled(reply)
         return self._last_word()
 
+    # Where to go
+
+    def _find(self) -> Place | None:
+        """Return the first model with endpoints that may be asked now; one where all have too much to do comes last."""
+        endpoints = self._ways.endpoints
+        now = endpoints.clock()
+        busy = None
+        for level, model in self._models():
+            allowed = endpoints.allowed(model, now)
+            if self._tried:
+                allowed = self._untried(allowed)
+            if not allowed:
+                continue
+            preferred = endpoints.preferred(allowed, now)
+            if preferred and (not self._chain or self._ways.admission.has_room(model.name, preferred)):
+                return Place(level, model, preferred)
+            busy = busy or Place(level, model, allowed)
+        return busy
+
+    def _untried(self, standings: list[Standing]) -> list[Standing]:
+        fresh = [s for s in standings if _key(s.endpoint) not in self._tried]
+        return [s for s in fresh if s.endpoint.continues] if self._must_continue else fresh
+
+    def _models(self) -> Iterator[tuple[int, Model]]:
+        if not self._context:
+            yield 0, self._model
+        models = self._ways.live.current.models
+        for level, name in enumerate(self._chain, 1):
+            if self._suits(models[name]):
+                yield level, models[name]
+
+    def _suits(self, model: Model) -> bool:
+        """Say whether a model of the chain may be asked this at all."""
+        context = model.context_length
+        if context is not None and (context <= self._context or self._measured().least > context):
+            return False
+        try:
+            forbidden.check(self._asked.envelope.fields, model.policy, self._ways.limits)
+        except RequestError:
+            return False
+        return True
+
+    def _measured(self) -> Length:
+        if self._length is None:
+            self._length = Length.of(self._asked.envelope.fields)
+        return self._length
+
     async def _later(self) -> Place | None:
-        place = await self._route.later()
-        self._exchange.waited()
+        """Nothing may be asked now. Wait where that can help, and look again."""
+        place = None
+        if self._again:
+            await asyncio.sleep(backoff(self._ways.endpoints.chance()))
+            self._tried -= self._again
+            self._again = None
+            place = self._look_again()
+        if place is None and not self._waited and self._is_starting():
+            self._waited = True
+            await self._ways.live.until(
+                lambda _: bool(self._look_again()) or not self._is_starting(), self._ways.start_wait
+            )
+            place = self._look_again()
         return place
+
+    def _look_again(self) -> Place | None:
+        self._exchange.waited()
+        self._model = self._ways.live.current.models.get(self._model.name, self._model)
+        return self._find()
+
+    def _is_starting(self) -> bool:
+        """Say whether an engine that could answer is about to."""
+        return any(
+            model.state in ("starting", "draining") or any(e.state == "starting" for e in model.endpoints)
+            for _, model in self._models()
+        )
 
     # One attempt
 
@@ -111,7 +216,7 @@ class Walk:
             reply.mending = self.mend
         if not reply.is_event_stream:
             return reply
-        if self._route.leads_elsewhere(place.model):
+        if self._chain or len(place.model.endpoints) > 1:
             reply.continuation = Continuation.of(self._asked.path, self._asked.envelope.fields)
         try:
             await reply.open(started + _patience(place.model), self._ways.endpoints.clock)
@@ -124,43 +229,62 @@ class Walk:
     async def _send(self, place: Place, asked: Asked) -> tuple[Answer, Endpoint, bool]:
         """Send one of the endpoints the request; return its answer, and whether usage is to be taken out of that."""
         ways, exchange = self._ways, self._exchange
-        standing, lease = await self._take(place)
-        exchange.hold(lease)
-        endpoint, breaker = standing.endpoint, standing.breaker
-        self._of, self._at, self._endpoint = place.model, standing, endpoint
+        self._of = place.model
         exchange.model, exchange.level = place.model.name, place.level
+        name, prompt, streamed = place.model.name, self._prompt(place.model), asked.envelope.stream
+        picked = ways.admission.pick(name, place.candidates, prompt, streamed)
+        standing, lease = picked or await self._queue(place, prompt)
+        exchange.hold(lease)
+        self._at = standing
+        endpoint, breaker = standing.endpoint, standing.breaker
+        self._key = _key(endpoint)
         provider = providers.named(endpoint.provider)
         sent = provider.request(asked, endpoint)
-        exchange.begin(endpoint.name, lease, breaker, breaker.begin(ways.endpoints.clock()))
-        headers = [*sent.headers, self._deadline.header()] if self._deadline and endpoint.pass_timeout else sent.headers
-        timeouts = _timeouts(place.model, stream=asked.envelope.stream)
+        headers = sent.headers
+        if self._deadline is not None and endpoint.pass_timeout:
+            headers = [*headers, self._deadline.header()]
+        exchange.begin(endpoint.name, breaker, breaker.begin(ways.endpoints.clock()))
+        timeouts = _timeouts(place.model, stream=streamed)
         answer = await ways.transport_to(endpoint).send(b"POST", sent.path, headers, sent.body, timeouts)
         exchange.answered(answer)
         if answer.status >= 300:
             failures.check(answer, endpoint)
         return provider.answer(answer, asked, endpoint), endpoint, sent.hide_usage
 
-    async def _take(self, place: Place) -> tuple[Standing, Lease]:
-        """Choose one of the endpoints, and take a lease on it; wait until one has room. Raises TooBusy, Unavailable."""
-        admission, asked, name = self._ways.admission, self._asked, place.model.name
-        several = len(place.model.endpoints) > 1
-        prompt = admission.prompt(name, asked.envelope.fields, asked.salt) if several else None
-        picked = admission.pick(name, place.candidates, prompt, asked.envelope.stream)
-        if picked is not None:
-            return picked
-        self._endpoint = None
+    def _prompt(self, model: Model) -> Prompt | None:
+        """Return the prompt as the balancer wants it, where there is a choice of endpoints."""
+        if len(model.endpoints) < 2:
+            return None
+        asked = self._asked
+        return self._ways.admission.prompt(model.name, asked.envelope.fields, asked.salt, len(asked.body))
+
+    async def _queue(self, place: Place, prompt: Prompt | None) -> tuple[Standing, Lease]:
+        """All that may be asked have as many requests as they may have: wait for one. Raises TooBusy."""
+        name = place.model.name
         try:
-            return await admission.wait(name, lambda: self._route.candidates(name), prompt, asked.envelope.stream)
-        except (TooBusy, Unavailable):
-            self._route.pass_over([standing.endpoint for standing in place.candidates])
+            return await self._ways.admission.wait(
+                name, lambda: self._still_there(name), prompt, self._asked.envelope.stream
+            )
+        except RequestError:
+            self._tried |= {_key(s.endpoint) for s in place.candidates}
             raise
         finally:
             self._exchange.waited()
 
+    def _still_there(self, name: str) -> list[Standing]:
+        """Return the endpoints that a request in the queue may go to now."""
+        endpoints = self._ways.endpoints
+        model = self._ways.live.current.models.get(name)
+        allowed = self._untried(endpoints.allowed(model, endpoints.clock())) if model else []
+        if not allowed:
+            raise self._unavailable()
+        return allowed
+
     async def _leave(self, error: Exception | None, said: Verdict) -> None:
         """The attempt has failed, with an error or (None) an answer that says so: settle it, and remember it."""
-        if self._endpoint is not None:
-            self._route.pass_over([self._endpoint], again=said.again)
+        self._tried |= {self._key}
+        if said.again and self._again is not None:
+            self._again |= {self._key}
         if isinstance(error, UpstreamFailed) and error.retry_after:
             self._rest(error.retry_after)
         await self._exchange.retreat(error, said.outcome)
@@ -176,17 +300,19 @@ class Walk:
         if not said.elsewhere:
             return False
         endpoints = self._ways.endpoints
-        return not said.sent or endpoints.budget(self._route.model).spend(endpoints.clock())
+        return not said.sent or endpoints.budget(self._model).spend(endpoints.clock())
 
     async def _passes_over(self, reply: Reply) -> bool:
         """Say whether an answer that is an error is left aside, since another endpoint may give a better one."""
-        assert self._endpoint
+        context = self._of.context_length
         if failures.is_busy(reply.status):
             self._rest(failures.retry_after(reply.headers))
-        elif reply.status not in _TOO_LONG or not self._route.is_too_long_for(self._of):
+        elif reply.status in _TOO_LONG and context is not None and self._measured().most > context:
+            self._context = max(self._context, context)
+        else:
             return False
-        self._route.pass_over([self._endpoint])
-        if self._route.find() is None or not self._may_go_on(failures.BUSY):
+        self._tried |= {self._key}
+        if self._find() is None or not self._may_go_on(failures.BUSY):
             return False
         self._first = self._first or reply
         await self._leave(None, failures.BUSY)
@@ -208,7 +334,16 @@ class Walk:
         if isinstance(first, Reply):
             self._exchange.answers(first.status)
             return self._labelled(first)
-        raise first or self._route.unavailable()
+        raise first or self._unavailable()
+
+    def _unavailable(self) -> RequestError:
+        model, endpoints = self._model, self._ways.endpoints
+        if not model.ready() and model.state == "starting":
+            return NotReady(model.name, model.state, model.detail)
+        if not model.ready():
+            # Why it failed is for whoever runs the server (`polyvox engines list`): a log's tail may hold paths.
+            return EngineStopped(model.name, model.state)
+        return Unavailable(model.name, endpoints.wait([m for _, m in self._models()], endpoints.clock()))
 
     # A stream that breaks
 
@@ -241,17 +376,16 @@ class Walk:
         self._breaks += 1
         if resumed is None or self._breaks > _MOST_BREAKS:
             return False
-        self._route.must_continue = resumed is not body and self._asked.path != COMPLETIONS
+        self._must_continue = resumed is not body and self._asked.path != COMPLETIONS
         if reply.has_moved:  # those that failed before are as good as any
-            assert self._endpoint
-            self._route.begin_anew(self._endpoint)
+            self._tried, self._again, self._waited = frozenset((self._key,)), _NONE, False
         elif not self._may_go_on(failures.BUSY):
             return False
-        while place := self._route.find() or await self._later():
+        while place := self._find() or await self._later():
             try:
                 await self._go_on(reply, continuation, place)
             except (UpstreamError, RequestError) as error:
-                await self._leave(error, said := failures.verdict(error))
+                await self._leave(error, said := failures.verdict(error, of_chain=place.level > 0))
                 if not self._may_go_on(said):
                     return False
             else:
@@ -265,6 +399,10 @@ class Walk:
             raise BadGateway("The upstream does not continue what another one began.")
         reply.go_on(answer, continuation.splice(), hide_usage=hide_usage)
         self._exchange.resumed += 1
+
+
+def _key(endpoint: Endpoint) -> Key:
+    return endpoint.name, endpoint.since
 
 
 def _patience(model: Model) -> float:

@@ -152,8 +152,8 @@ class Workers:
         self._fd = listening.fileno()
         # What workers have counted outlives them here.
         self._metrics_fd = shared_memory()
-        self._config = settings
         self._board_fd = shared_memory("board")
+        self._config = settings
         self._settings = config.encode(settings)
         self._control_socket = str(control_socket)
         self._count = settings.server.workers

@@ -97,7 +97,7 @@ _WIDTH = _OVERHEAD.sum_at + 1
 
 
 class Layout:
-    """Where the doubles of a worker are: the gauges of endpoints and queues, each series, the row of each endpoint."""
+    """Where the doubles of a worker are: gauges of endpoints and queues, each series, the row of each endpoint."""
 
     def __init__(self, config: Config) -> None:
         names = {name: model.endpoint_names(name) for name, model in config.models.items()}
@@ -134,10 +134,8 @@ class Metrics:
         # All mutable state: the doubles of all workers; this one writes its own only.
         self._all = memoryview(mmap.mmap(memory, size)).cast("d")
         self._own = self._all[worker * layout.size : (worker + 1) * layout.size]
-        for gauge in (
-            *layout.gauges.values(),
-            *layout.queues.values(),
-        ):  # the worker that had this part before may have died in the middle
+        # The worker that had this part before may have died in the middle.
+        for gauge in (*layout.gauges.values(), *layout.queues.values()):
             self._own[gauge] = 0.0
         figures.clear(self._own, layout.rows)
 
@@ -149,6 +147,9 @@ class Metrics:
         if gauge is not None:
             self._own[gauge] += 1
 
+    def queued(self, event: RequestQueued) -> None:
+        self._own[self._layout.queues[event.model]] += 1 if event.waits else -1
+
     def failed(self, event: AttemptFailed) -> None:
         key = (event.model, event.endpoint)
         if key in self._layout.gauges:
@@ -159,9 +160,6 @@ class Metrics:
         row = self._layout.rows.get((event.model, event.endpoint))
         if row is not None:
             figures.change(self._own, row, event)
-
-    def queued(self, event: RequestQueued) -> None:
-        self._own[self._layout.queues[event.model]] += 1 if event.waits else -1
 
     def finished(self, event: RequestFinished) -> None:
         own, layout = self._own, self._layout

@@ -28,10 +28,10 @@ class Endpoint(msgspec.Struct, frozen=True):
     address: `unix:/path` or `scheme://host:port`. base_path: what its API's paths start with instead of /v1,
     or None for an engine of ours, which has the same paths as we have. serves: its own name for the model.
     stream_usage: whether it can be asked what a stream used. provider, api_version, options: see EndpointSettings.
-    continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
-    the next, its UNIX time of being ready.
     max_in_flight: requests that it gets at once, None for any number. pass_timeout: whether it is told how long the
     client still waits.
+    continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
+    the next, its UNIX time of being ready.
     """
 
     name: str
@@ -130,7 +130,15 @@ def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], ser
     return Model(
         name=name,
         endpoints=tuple(
-            Endpoint(s.id, name, s.address, serves=name, state=s.state, max_in_flight=most, since=s.since)
+            Endpoint(
+                name=s.id,
+                model=name,
+                address=s.address,
+                serves=name,
+                state=s.state,
+                max_in_flight=most,
+                since=s.since,
+            )
             for s in ranked
             if s.address
         ),

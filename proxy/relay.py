@@ -10,7 +10,7 @@ from proxy.telemetry import UNKNOWN, AttemptFailed, RequestFinished, RequestStar
 from proxy.transport import Answer
 
 _CLOSED = State.CLOSED
-_SUCCESS, _FAILURE, _NEUTRAL = Outcome
+_SUCCESS, _NEUTRAL = Outcome.SUCCESS, Outcome.NEUTRAL
 
 
 class Exchange:
@@ -25,29 +25,9 @@ class Exchange:
     """
 
     __slots__ = (
-        "_account",
-        "_answer",
-        "_begun",
-        "_breaker",
-        "_clock",
-        "_closed",
-        "_error",
-        "_first",
-        "_lease",
-        "_mark",
-        "_overhead",
-        "_sink",
-        "_status",
-        "_streamed",
-        "_ticket",
-        "_under_way",
-        "_whole",
-        "attempts",
-        "endpoint",
-        "level",
-        "model",
-        "operation",
-        "resumed",
+        "_account", "_answer", "_begun", "_breaker", "_clock", "_closed", "_error", "_first", "_lease", "_mark",
+        "_overhead", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_whole", "attempts", "endpoint",
+        "level", "model", "operation", "resumed",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, operation: str, clock: Callable[[], float] = monotonic) -> None:
@@ -70,9 +50,9 @@ class Exchange:
         self._streamed = False
         self._whole = False
         self._closed = False
-        # What is to be settled: of the attempt, which is under way when it has an endpoint and a lease there; of all.
-        self._under_way = False
+        # What is to be settled: of the attempt, which is under way once it is sent, and of all.
         self._lease: Lease | None = None
+        self._under_way = False
         self._breaker: Breaker | None = None
         self._ticket = 0
         self._answer: Answer | None = None
@@ -92,13 +72,11 @@ class Exchange:
     def hold(self, lease: Lease) -> None:
         """Whatever becomes of the request, it now has a lease to give back."""
         self._lease = lease
-        self._breaker = None
 
-    def begin(self, endpoint: str, lease: Lease, breaker: Breaker | None = None, ticket: int = 0) -> None:
-        """The request goes to an endpoint, now. ticket: of the breaker, for this attempt."""
+    def begin(self, endpoint: str, breaker: Breaker | None = None, ticket: int = 0) -> None:
+        """The request goes to an endpoint, now, by the lease that is held. ticket: of the breaker, for this attempt."""
         self.attempts += 1
         self.endpoint = endpoint
-        self._lease = lease
         self._breaker = breaker
         self._ticket = ticket
         self._under_way = True
@@ -107,9 +85,9 @@ class Exchange:
 
     async def retreat(self, error: BaseException | None, outcome: Outcome) -> None:
         """The attempt has failed, with an error or (None) an answer that says so. Another may follow."""
+        was_under_way = self._under_way
         self._settle(outcome)
-        if self._under_way:
-            self._under_way = False
+        if was_under_way:
             kind = "upstream_4xx" if error is None else error_type(error) or "internal_error"
             self._sink.failed(AttemptFailed(self.model, self.endpoint, kind))
         if self._answer:
@@ -158,8 +136,7 @@ class Exchange:
             return
         self._closed = True
         finished = self._finished()
-        well = self._whole and self._status < 400 and self._error is None
-        self._settle(_SUCCESS if well else _NEUTRAL, finished.tokens_in)
+        self._settle(_SUCCESS if self._whole and self._status < 400 else _NEUTRAL, finished.tokens_in)
         try:
             self._sink.finished(finished)
         finally:
@@ -168,12 +145,12 @@ class Exchange:
 
     def _settle(self, outcome: Outcome, tokens_in: int = 0) -> None:
         lease, self._lease = self._lease, None
-        if lease is None:
-            return
         now = self._clock()
-        lease.release(now, failed=outcome is _FAILURE, tokens_in=tokens_in)
-        if self._breaker:
+        if lease:
+            lease.release(now, failed=outcome is Outcome.FAILURE, tokens_in=tokens_in)
+        if self._under_way and self._breaker:
             self._breaker.record(outcome, now, self._ticket)
+        self._under_way = False
 
     def _finished(self) -> RequestFinished:
         now, tally = self._clock(), self._account.tally if self._account else None

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from proxy import sse, wire
 from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount
 from proxy.continuation import Continuation
-from proxy.errors import DeadlinePassed, ErrorEvent, FirstTokenTimeout, MalformedAnswer, TruncatedAnswer, UpstreamError
+from proxy.errors import ErrorEvent, FirstTokenTimeout, MalformedAnswer, RequestError, TruncatedAnswer, UpstreamError
 from proxy.relay import Exchange
 from proxy.renaming import EventRenamer
 from proxy.splice import Splice
@@ -97,8 +97,8 @@ class Reply:
             raise Cut from error
         return await self.mending(self, error)
 
-    def expire(self, error: DeadlinePassed) -> bytes:
-        """The client waits no longer: return the end of what it gets. Raises Cut if that cannot be told."""
+    def give_up(self, error: RequestError) -> bytes:
+        """The client has no more time: return what is sent last. Raises Cut where that cannot be told."""
         self._exchange.fail(error)
         if not self.is_event_stream:
             raise Cut from error

@@ -51,6 +51,13 @@ class RequestStarted(msgspec.Struct, frozen=True, gc=False):
     endpoint: str
 
 
+class RequestQueued(msgspec.Struct, frozen=True, gc=False):
+    """A request waits, because every endpoint of its model has as many as it may have; or it does no longer."""
+
+    model: str
+    waits: bool
+
+
 class AttemptFailed(msgspec.Struct, frozen=True, gc=False):
     """A request that was sent to an endpoint is over there, and may go on elsewhere. error: one of ERROR_TYPES."""
 
@@ -66,13 +73,6 @@ class BreakerChanged(msgspec.Struct, frozen=True, gc=False):
     endpoint: str
     state: str
     until: float
-
-
-class RequestQueued(msgspec.Struct, frozen=True, gc=False):
-    """A request waits, because every endpoint of its model has as many as it may have; or it does no longer."""
-
-    model: str
-    waits: bool
 
 
 class RequestFinished(msgspec.Struct, frozen=True, gc=False):

@@ -7,19 +7,18 @@ from collections.abc import AsyncIterator
 import pytest
 
 from engines.spec import EngineSettings, FleetStatus, Simulation
-from proxy.admission import Admission
-from proxy.app import make_balancer, make_board
+from proxy.app import make_admission, make_balancer, make_board
 from proxy.chat import Chat, Incoming
-from proxy.config import Config, EndpointSettings, ModelSettings, Queue
+from proxy.config import Config, EndpointSettings, ModelSettings
 from proxy.deadline import HEADER, Deadline
 from proxy.endpoints import Endpoints
 from proxy.errors import DeadlinePassed
+from proxy.fallback import Ways
 from proxy.limits import Limits
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
 from proxy.registry import build
 from proxy.relay import Exchange
-from proxy.route import Ways
 
 END = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
@@ -70,12 +69,6 @@ def asked(path: str, body: dict[str, object], *, stream_usage: bool = True) -> t
     return transport.bodies[0], got
 
 
-def chat_of(config: Config, live: LiveRegistry, transport: FakeTransport) -> Chat:
-    metrics = Metrics(config)
-    admission = Admission(make_balancer(config, make_board(config)), {"m": Queue()}, metrics)
-    return Chat(Ways(live, Endpoints(metrics), admission, lambda _: transport, 60.0, Limits()))  # type: ignore
-
-
 def answered(
     path: str, body: dict[str, object], endpoint: EndpointSettings, deadline: Deadline | None = None
 ) -> tuple[FakeTransport, bytes]:
@@ -83,11 +76,14 @@ def answered(
     config = Config(models={"m": ModelSettings(endpoints=(endpoint,))})
     transport = FakeTransport()
     live = LiveRegistry(build(config, FleetStatus(version=0)))
-    chat = chat_of(config, live, transport)
+    metrics = Metrics(config)
+    admission = make_admission(config, make_balancer(config, make_board(config)), metrics)
+    ways = Ways(live, Endpoints(metrics), lambda endpoint: transport, 1.0, Limits(), admission)  # type: ignore[arg-type, return-value]
+    chat = Chat(ways)
     request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id", None, deadline)
 
     async def story() -> bytes:
-        exchange = Exchange(Metrics(config), "chat" if "chat" in path else "responses")
+        exchange = Exchange(metrics, "chat" if "chat" in path else "responses")
         reply = await chat.answer(request, exchange)
         assert reply.body
         passed = [reply.opening, *[reply.read(data) async for data in reply.body]]
@@ -131,10 +127,12 @@ def test_a_deadline_is_passed_on_to_those_who_know_it(pass_timeout):
 def test_a_deadline_ends_the_wait_for_an_engine_that_starts():
     config = Config(models={"m": ModelSettings(engine=EngineSettings(simulator=Simulation()))})
     live = LiveRegistry(build(config, FleetStatus(version=0)))
-    chat = chat_of(config, live, FakeTransport())
+    metrics = Metrics(config)
+    admission = make_admission(config, make_balancer(config, make_board(config)), metrics)
+    chat = Chat(Ways(live, Endpoints(metrics), FakeTransport, 60.0, Limits(), admission))  # type: ignore[arg-type]
     deadline = Deadline.of([(HEADER, b"0.01")])
     request = Incoming("POST", "/v1/chat/completions", b"", [], b'{"model":"m"}', b"id", None, deadline)
     assert deadline
     with pytest.raises(DeadlinePassed):
-        asyncio.run(deadline.bound(chat.answer(request, Exchange(Metrics(config), "chat"))))
+        asyncio.run(deadline.bound(chat.answer(request, Exchange(metrics, "chat"))))
     assert "0 waiting" in repr(live)

@@ -10,17 +10,16 @@ import uvicorn
 
 from engines.spec import FleetStatus
 from proxy import inbound, registry
-from proxy.admission import Admission
 from proxy.api import Api, build_app
-from proxy.app import make_balancer, make_board
+from proxy.app import make_admission, make_balancer, make_board
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
+from proxy.fallback import Ways
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
-from proxy.route import Ways
 from proxy.transport.local import LocalTransport
 from tests.scraping import Page
 
@@ -38,11 +37,12 @@ class Proxy:
         self.live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
         self.transports: dict[str, LocalTransport] = {}
         self.recovery = Recovery(self.live, self.endpoints, self.transport_to, interval=0.01)
+        self.models = tuple(config.models)
         self.balancer = make_balancer(config, make_board(config))
-        admission = Admission(self.balancer, {name: m.queue for name, m in config.models.items()}, self.metrics)
-        wait, limits = config.server.start_wait, config.limits
-        chat = Chat(Ways(self.live, self.endpoints, admission, self.transport_to, wait, limits))
-        self.app = build_app(Api(chat, self.live, self.metrics, config.server), [], [])
+        admission = make_admission(config, self.balancer, self.metrics)
+        server = config.server
+        ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
+        self.app = build_app(Api(Chat(ways), self.live, self.metrics, config.server), [], [])
         self.client = httpx2.AsyncClient()
         self.port = 0
 
@@ -56,6 +56,9 @@ class Proxy:
 
     def running(self) -> float:
         return self.page().value("polyvox_num_requests_running")
+
+    def in_flight(self) -> float:
+        return sum(load.in_flight for model in self.models for load in self.balancer.loads(model))
 
     def state(self, endpoint: str) -> str:
         return self.endpoints._standings[endpoint].breaker.state.value
