@@ -13,11 +13,11 @@ from proxy.balancer import Balancer, Board
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
-from proxy.fallback import Ways
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry, watch_fleet
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
+from proxy.route import Ways
 from proxy.telemetry import Sink
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport

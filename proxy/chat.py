@@ -4,10 +4,11 @@ import msgspec
 
 from proxy import forbidden, limits, reply, wire
 from proxy.deadline import Deadline
-from proxy.fallback import Walk, Ways
+from proxy.fallback import Walk
 from proxy.providers import Asked
 from proxy.relay import Exchange
 from proxy.reply import Reply
+from proxy.route import Ways
 
 Headers = list[tuple[bytes, bytes]]
 

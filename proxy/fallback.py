@@ -11,110 +11,68 @@ What has been sent to an endpoint in vain is paid from the retry budget. Nothing
 token, or the whole of a document, is here. After it, a stream that breaks goes on at an endpoint that can continue it.
 """
 
-import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import msgspec
 
-from proxy import failures, forbidden, providers, sse
+from proxy import failures, providers, sse
 from proxy import reply as replies
-from proxy.admission import Admission
 from proxy.balancer import Lease, Prompt
 from proxy.continuation import COMPLETIONS, Continuation
 from proxy.deadline import Deadline
-from proxy.endpoints import Endpoints, Standing
+from proxy.endpoints import Standing
 from proxy.errors import (
     BadGateway,
-    EngineStopped,
     ErrorEvent,
-    NotReady,
     RequestError,
-    Unavailable,
     UpstreamError,
     UpstreamFailed,
     upstream_failure,
 )
 from proxy.failures import Verdict
-from proxy.length import Length
-from proxy.limits import Limits
-from proxy.probe import LiveRegistry
 from proxy.providers import Asked
 from proxy.registry import Endpoint, Model
 from proxy.relay import Exchange
 from proxy.reply import Cut, Reply
-from proxy.retries import backoff
-from proxy.transport import Answer, Timeouts, Transport
+from proxy.route import Place, Route, Ways
+from proxy.transport import Answer, Timeouts
 
-Key = tuple[str, float]  # of a process at an endpoint: its name, and since when it is there
-
-_NONE: frozenset[Key] = frozenset()
 _TOO_LONG = frozenset((400, 413))  # what engines answer to a prompt that is longer than their context, among others
 _MOST_BREAKS = 8  # of one stream; whatever it is that ends its engines, it is not to end more of them
 _AT_FIRST = ((b"x-polyvox-fallback-level", b"0"), (b"x-polyvox-attempts", b"1"))
 
 
-class Ways(NamedTuple):
-    """What all walks share. start_wait: seconds for an engine to start."""
-
-    live: LiveRegistry
-    endpoints: Endpoints
-    transport_to: Callable[[Endpoint], Transport]
-    start_wait: float
-    limits: Limits
-    admission: Admission
-
-
-class Place(msgspec.Struct, frozen=True, gc=False):
-    """Where an attempt may be made: one of some endpoints. level: how many models of the chain were passed over."""
-
-    level: int
-    model: Model
-    candidates: list[Standing]
-
-
 class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
-    __slots__ = (
-        "_again", "_asked", "_at", "_breaks", "_chain", "_context", "_deadline", "_exchange", "_first", "_key",
-        "_length", "_model", "_must_continue", "_of", "_tried", "_waited", "_ways",
-    )  # fmt: skip
+    __slots__ = ("_asked", "_at", "_breaks", "_deadline", "_endpoint", "_exchange", "_first", "_of", "_route", "_ways")
 
     def __init__(
         self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange,
         deadline: Deadline | None = None,
     ) -> None:  # fmt: skip
+        """chain: names of models. deadline: of which an endpoint is told, if it wants to be."""
         self._ways = ways
         self._deadline = deadline
         self._asked = asked
-        self._chain = chain
         self._exchange = exchange
-        # All mutable state: the model as the newest registry has it; of the attempt that is under way, the model that
-        # it is made for, how its endpoint stands, and which process is there.
-        self._model = model
+        # All mutable state: where it has been; of the last attempt, the model that it was for, the endpoint as it was
+        # then (None: it got none), and how that stands.
+        self._route = Route(ways, asked.envelope.fields, model, chain)
         self._of = model
+        self._endpoint: Endpoint | None = None
         self._at: Standing | None = None
-        self._key: Key = ("", 0.0)
-        # What was tried; of that, what may be asked again in a moment (None: it was); whether an engine was waited for.
-        self._tried: frozenset[Key] = _NONE
-        self._again: frozenset[Key] | None = _NONE
-        self._waited = False
         # What the client is told, or given, if nothing helps; how often the stream broke.
         self._first: Exception | Reply | None = None
         self._breaks = 0
-        # What an endpoint must have: a longer context than this, the ability to continue. How long the prompt is.
-        self._context = 0
-        self._must_continue = False
-        self._length: Length | None = None
 
     def __repr__(self) -> str:
-        return f"<Walk {self._model.name}, {self._exchange.attempts} attempts, tried {sorted(self._tried)}>"
+        return f"<Walk {self._exchange.attempts} attempts, {self._route!r}>"
 
     async def answer(self) -> Reply:
         """Return the first answer that is one, or the error that no other endpoint can better. Raises the same."""
-        self._ways.endpoints.budget(self._model).earn()
-        while place := self._find() or await self._later():
+        self._ways.endpoints.budget(self._route.model).earn()
+        while place := self._route.find() or await self._later():
             try:
                 reply = await self._attempt(place)
             except (UpstreamError, RequestError) as error:
@@ -126,80 +84,10 @@ class Walk:
                     return self._labelled(reply)
         return self._last_word()
 
-    # Where to go
-
-    def _find(self) -> Place | None:
-        """Return the first model with endpoints that may be asked now; one where all have too much to do comes last."""
-        endpoints = self._ways.endpoints
-        now = endpoints.clock()
-        busy = None
-        for level, model in self._models():
-            allowed = endpoints.allowed(model, now)
-            if self._tried:
-                allowed = self._untried(allowed)
-            if not allowed:
-                continue
-            preferred = endpoints.preferred(allowed, now)
-            if preferred and (not self._chain or self._ways.admission.has_room(model.name, preferred)):
-                return Place(level, model, preferred)
-            busy = busy or Place(level, model, allowed)
-        return busy
-
-    def _untried(self, standings: list[Standing]) -> list[Standing]:
-        fresh = [s for s in standings if _key(s.endpoint) not in self._tried]
-        return [s for s in fresh if s.endpoint.continues] if self._must_continue else fresh
-
-    def _models(self) -> Iterator[tuple[int, Model]]:
-        if not self._context:
-            yield 0, self._model
-        models = self._ways.live.current.models
-        for level, name in enumerate(self._chain, 1):
-            if self._suits(models[name]):
-                yield level, models[name]
-
-    def _suits(self, model: Model) -> bool:
-        """Say whether a model of the chain may be asked this at all."""
-        context = model.context_length
-        if context is not None and (context <= self._context or self._measured().least > context):
-            return False
-        try:
-            forbidden.check(self._asked.envelope.fields, model.policy, self._ways.limits)
-        except RequestError:
-            return False
-        return True
-
-    def _measured(self) -> Length:
-        if self._length is None:
-            self._length = Length.of(self._asked.envelope.fields)
-        return self._length
-
     async def _later(self) -> Place | None:
-        """Nothing may be asked now. Wait where that can help, and look again."""
-        place = None
-        if self._again:
-            await asyncio.sleep(backoff(self._ways.endpoints.chance()))
-            self._tried -= self._again
-            self._again = None
-            place = self._look_again()
-        if place is None and not self._waited and self._is_starting():
-            self._waited = True
-            await self._ways.live.until(
-                lambda _: bool(self._look_again()) or not self._is_starting(), self._ways.start_wait
-            )
-            place = self._look_again()
-        return place
-
-    def _look_again(self) -> Place | None:
+        place = await self._route.later()
         self._exchange.waited()
-        self._model = self._ways.live.current.models.get(self._model.name, self._model)
-        return self._find()
-
-    def _is_starting(self) -> bool:
-        """Say whether an engine that could answer is about to."""
-        return any(
-            model.state in ("starting", "draining") or any(e.state == "starting" for e in model.endpoints)
-            for _, model in self._models()
-        )
+        return place
 
     # One attempt
 
@@ -216,7 +104,7 @@ class Walk:
             reply.mending = self.mend
         if not reply.is_event_stream:
             return reply
-        if self._chain or len(place.model.endpoints) > 1:
+        if self._route.leads_elsewhere(place.model):
             reply.continuation = Continuation.of(self._asked.path, self._asked.envelope.fields)
         try:
             await reply.open(started + _patience(place.model), self._ways.endpoints.clock)
@@ -235,9 +123,8 @@ class Walk:
         picked = ways.admission.pick(name, place.candidates, prompt, streamed)
         standing, lease = picked or await self._queue(place, prompt)
         exchange.hold(lease)
-        self._at = standing
         endpoint, breaker = standing.endpoint, standing.breaker
-        self._key = _key(endpoint)
+        self._at, self._endpoint = standing, endpoint
         provider = providers.named(endpoint.provider)
         sent = provider.request(asked, endpoint)
         headers = sent.headers
@@ -260,31 +147,20 @@ class Walk:
 
     async def _queue(self, place: Place, prompt: Prompt | None) -> tuple[Standing, Lease]:
         """All that may be asked have as many requests as they may have: wait for one. Raises TooBusy."""
-        name = place.model.name
+        name, streamed = place.model.name, self._asked.envelope.stream
+        self._endpoint = None
         try:
-            return await self._ways.admission.wait(
-                name, lambda: self._still_there(name), prompt, self._asked.envelope.stream
-            )
+            return await self._ways.admission.wait(name, lambda: self._route.still_there(name), prompt, streamed)
         except RequestError:
-            self._tried |= {_key(s.endpoint) for s in place.candidates}
+            self._route.pass_over([s.endpoint for s in place.candidates])
             raise
         finally:
             self._exchange.waited()
 
-    def _still_there(self, name: str) -> list[Standing]:
-        """Return the endpoints that a request in the queue may go to now."""
-        endpoints = self._ways.endpoints
-        model = self._ways.live.current.models.get(name)
-        allowed = self._untried(endpoints.allowed(model, endpoints.clock())) if model else []
-        if not allowed:
-            raise self._unavailable()
-        return allowed
-
     async def _leave(self, error: Exception | None, said: Verdict) -> None:
         """The attempt has failed, with an error or (None) an answer that says so: settle it, and remember it."""
-        self._tried |= {self._key}
-        if said.again and self._again is not None:
-            self._again |= {self._key}
+        if self._endpoint is not None:
+            self._route.pass_over([self._endpoint], again=said.again)
         if isinstance(error, UpstreamFailed) and error.retry_after:
             self._rest(error.retry_after)
         await self._exchange.retreat(error, said.outcome)
@@ -300,19 +176,17 @@ class Walk:
         if not said.elsewhere:
             return False
         endpoints = self._ways.endpoints
-        return not said.sent or endpoints.budget(self._model).spend(endpoints.clock())
+        return not said.sent or endpoints.budget(self._route.model).spend(endpoints.clock())
 
     async def _passes_over(self, reply: Reply) -> bool:
         """Say whether an answer that is an error is left aside, since another endpoint may give a better one."""
-        context = self._of.context_length
+        assert self._endpoint
         if failures.is_busy(reply.status):
             self._rest(failures.retry_after(reply.headers))
-        elif reply.status in _TOO_LONG and context is not None and self._measured().most > context:
-            self._context = max(self._context, context)
-        else:
+        elif reply.status not in _TOO_LONG or not self._route.is_too_long_for(self._of):
             return False
-        self._tried |= {self._key}
-        if self._find() is None or not self._may_go_on(failures.BUSY):
+        self._route.pass_over([self._endpoint])
+        if self._route.find() is None or not self._may_go_on(failures.BUSY):
             return False
         self._first = self._first or reply
         await self._leave(None, failures.BUSY)
@@ -334,16 +208,7 @@ class Walk:
         if isinstance(first, Reply):
             self._exchange.answers(first.status)
             return self._labelled(first)
-        raise first or self._unavailable()
-
-    def _unavailable(self) -> RequestError:
-        model, endpoints = self._model, self._ways.endpoints
-        if not model.ready() and model.state == "starting":
-            return NotReady(model.name, model.state, model.detail)
-        if not model.ready():
-            # Why it failed is for whoever runs the server (`polyvox engines list`): a log's tail may hold paths.
-            return EngineStopped(model.name, model.state)
-        return Unavailable(model.name, endpoints.wait([m for _, m in self._models()], endpoints.clock()))
+        raise first or self._route.unavailable()
 
     # A stream that breaks
 
@@ -376,12 +241,13 @@ class Walk:
         self._breaks += 1
         if resumed is None or self._breaks > _MOST_BREAKS:
             return False
-        self._must_continue = resumed is not body and self._asked.path != COMPLETIONS
+        self._route.must_continue = resumed is not body and self._asked.path != COMPLETIONS
         if reply.has_moved:  # those that failed before are as good as any
-            self._tried, self._again, self._waited = frozenset((self._key,)), _NONE, False
+            assert self._endpoint
+            self._route.begin_anew(self._endpoint)
         elif not self._may_go_on(failures.BUSY):
             return False
-        while place := self._find() or await self._later():
+        while place := self._route.find() or await self._later():
             try:
                 await self._go_on(reply, continuation, place)
             except (UpstreamError, RequestError) as error:
@@ -399,10 +265,6 @@ class Walk:
             raise BadGateway("The upstream does not continue what another one began.")
         reply.go_on(answer, continuation.splice(), hide_usage=hide_usage)
         self._exchange.resumed += 1
-
-
-def _key(endpoint: Endpoint) -> Key:
-    return endpoint.name, endpoint.since
 
 
 def _patience(model: Model) -> float:

@@ -136,7 +136,8 @@ class Exchange:
             return
         self._closed = True
         finished = self._finished()
-        self._settle(_SUCCESS if self._whole and self._status < 400 else _NEUTRAL, finished.tokens_in)
+        well = self._whole and self._status < 400 and self._error is None
+        self._settle(_SUCCESS if well else _NEUTRAL, finished.tokens_in)
         try:
             self._sink.finished(finished)
         finally:

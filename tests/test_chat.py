@@ -13,12 +13,12 @@ from proxy.config import Config, EndpointSettings, ModelSettings
 from proxy.deadline import HEADER, Deadline
 from proxy.endpoints import Endpoints
 from proxy.errors import DeadlinePassed
-from proxy.fallback import Ways
 from proxy.limits import Limits
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
 from proxy.registry import build
 from proxy.relay import Exchange
+from proxy.route import Ways
 
 END = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'

@@ -10,8 +10,9 @@ from proxy import errors, telemetry
 from proxy.accounting import StreamAccount
 from proxy.api import MODEL_PATHS
 from proxy.balancer import Load
-from proxy.config import Config, EndpointSettings, ModelSettings, Server
-from proxy.errors import ConnectFailed, PoolTimeout, UnknownModel, WrongKey
+from proxy.breaker import Breaker, Outcome, State
+from proxy.config import BreakerSettings, Config, EndpointSettings, ModelSettings, Server
+from proxy.errors import ConnectFailed, DeadlinePassed, PoolTimeout, UnknownModel, WrongKey
 from proxy.metrics import Metrics, shared_memory
 from proxy.registry import build
 from proxy.relay import Exchange
@@ -263,3 +264,16 @@ def test_waiting_for_an_engine_that_starts_is_not_our_overhead(sink: Recorded, c
     asyncio.run(exchange.close())
     assert sink.events[0].overhead == 0
     assert sink.events[0].seconds == 30
+
+
+def test_a_deadline_that_passes_in_an_answer_says_nothing_good_of_the_endpoint(sink: Recorded, clock: Clock):
+    breaker = Breaker(BreakerSettings(failures=2), lambda: 0.5)
+    breaker.record(Outcome.FAILURE, clock(), breaker.begin(clock()))
+    exchange = Exchange(sink, "chat", clock)
+    exchange.hold(Load().lease())
+    exchange.begin("local/0", breaker, breaker.begin(clock()))
+    exchange.fail(DeadlinePassed())
+    exchange.complete()  # the client was told
+    asyncio.run(exchange.close())
+    breaker.record(Outcome.FAILURE, clock(), breaker.begin(clock()))
+    assert breaker.state is State.OPEN
