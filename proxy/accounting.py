@@ -203,12 +203,8 @@ class StreamAccount:
         return f"<StreamAccount {self.tally!r} {self._events!r}>"
 
     def feed(self, data: bytes) -> bytes:
-        passing = self._take(data)
-        if not self.begun and passing and self._first_token in passing:
-            self.begun = True
-        return passing
-
-    def _take(self, data: bytes) -> bytes:
+        if not self.begun:
+            return self._begin(data)
         passing = b""
         if self._events.rest or self._kept:
             end = data.find(b"\n\n") + 2
@@ -219,6 +215,13 @@ class StreamAccount:
         if end == len(data) and not _tells(data):
             return passing + data if passing else data
         return self._each(data[end:], self._from_first_that_tells(data[:end], passing))
+
+    def _begin(self, data: bytes) -> bytes:
+        """Read as ever, and look for the first token in what passes; later bytes are spared the look."""
+        self.begun = True
+        passing = self.feed(data)
+        self.begun = bool(passing) and self._first_token in passing
+        return passing
 
     def _from_first_that_tells(self, data: bytes, passing: bytes) -> bytes:
         """Pass whole events, and look into them from the first that may tell something."""

@@ -76,7 +76,9 @@ class Reply:
             self._awaits_token = False
             self.has_moved = True
             self._exchange.token()
-        return self._passed(data) if data else data
+        if data and (self.change is not None or self.continuation is not None):
+            return self._passed(data)
+        return data
 
     def end(self) -> bytes:
         """The body is over: return what is still to be sent. Raises TruncatedAnswer if it cannot be all."""
