@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-start bench-overhead bench-endurance serve test lint types schema lock clean
+.PHONY: help setup bench-start bench-overhead bench-endurance bench-routing serve test lint types schema lock clean
 
 help: ## Show what there is
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ bench-overhead: setup ## Measure CPU, latency and memory beside other proxies (A
 
 bench-endurance: setup ## Measure memory over a million requests, with slow clients, and the start (ARGS="--only slow")
 	$(BIN)/python -m benchmarks.endurance $(ARGS)
+
+bench-routing: setup ## Measure the model of complexity on labelled prompts (ARGS="--data ../shared/data")
+	$(BIN)/python -m benchmarks.routing $(ARGS)
 
 serve: setup ## Run a small model and the proxy on 127.0.0.1:8000 (more options: make serve ARGS="--port 9000")
 	@exec $(BIN)/polyvox serve $(ARGS)
