@@ -1,4 +1,4 @@
-"""How hard a prompt is: what a strong model is likely to get right and a weak one wrong. Pure, but for reading data files.
+"""How hard a prompt is: what a strong model is likely to get right and a weak one wrong. Pure, but for its data files.
 
 A linear model over a few features of the text's shape and over hashed words and pairs of words, after "RouteLLM:
 Learning to Route LLMs with Preference Data" (Ong et al., 2024) in aim, and "Feature Hashing for Large Scale Multitask
@@ -71,7 +71,7 @@ class Coefficients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Model:
     """Scores prompts. Immutable."""
 
-    __slots__ = ("coefficients", "_table")
+    __slots__ = ("_table", "coefficients")
 
     def __init__(self, coefficients: Coefficients) -> None:
         self.coefficients = coefficients
