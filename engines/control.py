@@ -4,6 +4,7 @@
     GET  /fleet/watch                                    -> FleetStatus per line, now and after each change
     POST /engines/load|unload|restart                    -> FleetStatus  {"model", "replica": null, "wait": false}
     GET  /engines/logs?engine=ID&lines=200&follow=false  -> text
+    GET  /reports/NAME                                   -> what somebody else reports: JSON
 
 Errors: {"error": {"message", "code"}}; 400 bad request, 404 unknown engine, 409 not in this state.
 """
@@ -12,7 +13,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _JSON: Final = "application/json"
 _MOST_LINES: Final = 100_000
 
+Reports = Mapping[str, Callable[[], bytes]]
+
 
 class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a command. model: a model or an engine id. wait: answer when it is done, or has failed."""
@@ -40,10 +43,10 @@ class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait: bool = False
 
 
-async def serve_control(supervisor: Supervisor, path: Path) -> None:
-    """Serve the control API on a unix socket of this user, until cancelled."""
+async def serve_control(supervisor: Supervisor, path: Path, reports: Reports | None = None) -> None:
+    """Serve the control API on a unix socket of this user, until cancelled. reports: what makes the JSON of a name."""
     # The framework takes half a second to import: not in the way of the engines' start.
-    app = await asyncio.to_thread(build_app, supervisor)
+    app = await asyncio.to_thread(build_app, supervisor, reports or {})
     listener = _listen(path)
     try:
         await _serve(app, listener)
@@ -88,7 +91,7 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def build_app(supervisor: Supervisor) -> "Litestar":
+def build_app(supervisor: Supervisor, reports: Reports) -> "Litestar":
     """Return the ASGI application of the control API."""
     from litestar import Litestar, Request, Response, get, post
     from litestar.exceptions import HTTPException
@@ -125,7 +128,15 @@ def build_app(supervisor: Supervisor) -> "Litestar":
         count = min(max(lines, 0), _MOST_LINES)
         return Stream(follow_log(path, count) if follow else _log_text(path, count), media_type="text/plain")
 
-    handlers = [fleet, watch, logs, command("load"), command("unload"), command("restart")]
+    def report(name: str, make: Callable[[], bytes]) -> object:
+        @get(f"/reports/{name}", name=f"report-{name}")
+        async def handler() -> Response[bytes]:
+            return Response(make(), media_type=_JSON)
+
+        return handler
+
+    told = [report(name, make) for name, make in reports.items()]
+    handlers = [fleet, watch, logs, *told, command("load"), command("unload"), command("restart")]
     known = dict.fromkeys((UnknownEngine, IllegalMove, HTTPException, Exception), refuse)
     return Litestar(handlers, exception_handlers=known, openapi_config=None, logging_config=None)  # type: ignore
 

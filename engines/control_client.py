@@ -97,17 +97,24 @@ class ControlClient:
             except httpx2.TransportError as error:
                 raise ControlUnreachable(self._path) from error
 
+    async def report(self, name: str) -> bytes:
+        """Return what the server reports under a name, as JSON."""
+        return (await self._request("GET", f"/reports/{name}", None)).content
+
     async def _command(self, command: str, model: str, replica: int | None, wait: bool) -> FleetStatus:
         body = {"model": model, "replica": replica, "wait": wait}
         return await self._fleet("POST", f"/engines/{command}", body)
 
     async def _fleet(self, method: str, path: str, body: dict[str, Any] | None = None) -> FleetStatus:
+        return msgspec.json.decode((await self._request(method, path, body)).content, type=FleetStatus)
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> httpx2.Response:
         try:
             answer = await self._http.request(method, path, json=body)
         except httpx2.TransportError as error:
             raise ControlUnreachable(self._path) from error
         _check(answer)
-        return msgspec.json.decode(answer.content, type=FleetStatus)
+        return answer
 
     @asynccontextmanager
     async def _stream(self, path: str, query: dict[str, str] | None = None) -> AsyncIterator[httpx2.Response]:

@@ -52,6 +52,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     args: any other flag of the vLLM server, verbatim; true is a bare flag, false and null leave it out.
     listen: `unix` (a socket in the state folder) or `tcp` (a free loopback port).
     start_timeout, hang_timeout, drain_timeout: seconds.
+    max_in_flight: requests that each replica gets at once, the rest wait in the proxy; any number if left out.
     """
 
     weights: str | None = None
@@ -68,6 +69,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start_timeout: Seconds = 600.0
     hang_timeout: Seconds = 60.0
     drain_timeout: Seconds = 30.0
+    max_in_flight: Count | None = None
     restart: Restart = Restart()
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Protocol
 import msgspec
 
 from proxy import sse
+from proxy.errors import ErrorEvent
 
 FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter", "error", "abort", "other", "none")
 
@@ -82,6 +83,9 @@ class _Part(msgspec.Struct, frozen=True, gc=False):
     def inner(self) -> "_Part":
         return self.response or self.message or self
 
+    def tells_of_error(self) -> bool:
+        return bytes(self.error) not in (b"", b"null")
+
     def is_usage_alone(self) -> bool:
         """Say whether this is the chunk that is sent only to those who ask for usage."""
         return self.usage is not None and self.choices == []
@@ -131,7 +135,7 @@ class Tally:
         if reason := part.finish():
             reason = _SAME.get(reason, reason)
             self.finish_reason = reason if reason in FINISH_REASONS else "other"
-        self.failed = self.failed or bytes(part.error) not in (b"", b"null")
+        self.failed = self.failed or part.tells_of_error()
         if usage := part.inner().usage:
             self._count(usage)
 
@@ -175,7 +179,8 @@ class Account(Protocol):
 class StreamAccount:
     """An event stream. Whole events pass on; with hide_usage, without the usage that only we asked for.
 
-    first_token: bytes that the event of the first token has, and none before it.
+    first_token: bytes that the event of the first token has, and none before it. errors_end: an event that tells of an
+    error does not pass, but raises ErrorEvent.
 
     vLLM says `system_fingerprint` in the last event of a client that does not ask for usage, and in the usage event of
     one that does. So events that end a choice are kept until another comes, which after the last follows at once, and
@@ -183,10 +188,12 @@ class StreamAccount:
     passes without.) Other servers say `"usage":null` in each event of those who ask.
     """
 
-    def __init__(self, *, hide_usage: bool = False, first_token: bytes = b"") -> None:
-        self._hide_usage = hide_usage
+    def __init__(self, *, hide_usage: bool = False, first_token: bytes = b"", errors_end: bool = False) -> None:
         self._first_token = first_token
-        # All mutable state: the incomplete event, those that are kept, and what was read.
+        self._errors_end = errors_end
+        # All mutable state: whether usage is hidden, which another endpoint may change; the incomplete event, those
+        # that are kept, and what was read.
+        self.hide_usage = hide_usage
         self._events = sse.Events()
         self._kept: list[bytes] = []
         self.tally = Tally()
@@ -196,33 +203,46 @@ class StreamAccount:
         return f"<StreamAccount {self.tally!r} {self._events!r}>"
 
     def feed(self, data: bytes) -> bytes:
-        if not self.begun and self._first_token in data:
+        passing = self._take(data)
+        if not self.begun and passing and self._first_token in passing:
             self.begun = True
+        return passing
+
+    def _take(self, data: bytes) -> bytes:
         passing = b""
         if self._events.rest or self._kept:
             end = data.find(b"\n\n") + 2
             passing, data = (self._each(data[:end]), data[end:]) if end > 1 else (b"", data)
             if self._events.rest or self._kept:
-                return passing + self._each(data)
+                return self._each(data, passing)
         end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
         if end == len(data) and not _tells(data):
             return passing + data if passing else data
-        return passing + self._from_first_that_tells(data[:end]) + self._each(data[end:])
+        return self._each(data[end:], self._from_first_that_tells(data[:end], passing))
 
-    def _from_first_that_tells(self, data: bytes) -> bytes:
+    def _from_first_that_tells(self, data: bytes, passing: bytes) -> bytes:
         """Pass whole events, and look into them from the first that may tell something."""
         found = [at for mark in _MARKS if (at := data.find(mark)) >= 0]
         start = data.rfind(b"\n\n", 0, min(found)) + 2 if found else len(data)
-        return data[:start] + self._each(data[start:]) if start > 1 else self._each(data)
+        return self._each(data[start:], passing + data[:start]) if start > 1 else self._each(data, passing)
 
-    def _each(self, data: bytes) -> bytes:
-        return b"".join([self._pass(event) for event in self._events.feed(data)])
+    def _each(self, data: bytes, before: bytes = b"") -> bytes:
+        """Read each event, and return what passes on behind what came before."""
+        passing = [before]
+        for event in self._events.feed(data):
+            try:
+                passing.append(self._pass(event))
+            except ErrorEvent as error:
+                error.before = b"".join(passing)
+                raise
+        return b"".join(passing)
 
     def end(self) -> bytes:
         rest, self._events.rest = self._events.rest, b""
         return (self._pass(rest) if rest else b"") + self._release()
 
     def broken(self) -> bytes:
+        self._events.rest = b""
         return self._release()
 
     def _pass(self, event: bytes) -> bytes:
@@ -230,8 +250,10 @@ class StreamAccount:
         part = _read_event(event) if _tells(event) else None
         if part is None:
             return self._release() + event
+        if self._errors_end and part.tells_of_error():
+            raise ErrorEvent(sse.data_of(event))
         self.tally.add(part)
-        if not self._hide_usage:
+        if not self.hide_usage:
             return event
         if part.is_usage_alone():
             return self._release(part.system_fingerprint)

@@ -12,12 +12,13 @@ from litestar import Litestar
 from litestar.handlers import asgi
 from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
-from proxy import sse
 from proxy.auth import Caller, Keys
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
+from proxy.deadline import Deadline
 from proxy.errors import (
     BodyTooLarge,
+    DeadlinePassed,
     MethodNotAllowed,
     RequestError,
     UnknownPath,
@@ -28,6 +29,7 @@ from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry
 from proxy.registry import Model, Registry
 from proxy.relay import Exchange
+from proxy.reply import Reply
 from proxy.telemetry import OPERATIONS, OTHER
 
 MODEL_PATHS = tuple(OPERATIONS)  # every path of vLLM's server whose body has a `model`
@@ -107,11 +109,11 @@ class Api:
             await handle(scope, receive, send, Visit(request_id, caller, exchange))
         except RequestError as e:
             exchange.fail(e, e.status)
-            await send_error(send, e, request_id, scope["path"])
+            await send_error(send, e, request_id, scope["path"], exchange.attempts)
         except UpstreamError as e:
             failure = upstream_failure(e)
             exchange.fail(e, failure.status)
-            await send_error(send, failure, request_id, scope["path"])
+            await send_error(send, failure, request_id, scope["path"], exchange.attempts)
         except BaseException as e:
             exchange.fail(e)
             raise
@@ -119,6 +121,7 @@ class Api:
             await exchange.close()
 
     async def _answer(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        deadline = Deadline.of(scope["headers"])
         body = await _read_body(scope, receive, self._server.max_body_bytes)
         if body is None:
             return
@@ -131,27 +134,42 @@ class Api:
             body=body,
             request_id=visit.request_id,
             salt=visit.caller.salt,
+            deadline=deadline,
         )
         await self._relay(request, send, visit.exchange)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
-        reply = await self._chat.answer(request, exchange)
+        answering = self._chat.answer(request, exchange)
+        reply = await (request.deadline.bound(answering) if request.deadline else answering)
         headers = [*reply.headers, (b"x-request-id", request.request_id)]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        try:
-            async for data in reply.body:
-                if passing := reply.read(data):
-                    await send({"type": "http.response.body", "body": passing, "more_body": True})
-            rest = reply.end()
-        except UpstreamError as e:
-            exchange.fail(e)
-            # The head is sent, so the status can no longer tell. A stream says it in an event of its own;
-            # any other body stays short of its length and the connection is cut: never a false success.
-            if not reply.is_event_stream:
-                raise _Cut from e
-            rest = reply.broken() + sse.error_event(upstream_failure(e).envelope())
-        await send({"type": "http.response.body", "body": rest, "more_body": False})
+        await self._send_body(reply, send, request.deadline)
         exchange.complete()
+
+    async def _send_body(self, reply: Reply, send: Send, deadline: Deadline | None) -> None:
+        """Send a body. The head is sent, so the status can no longer tell where it breaks: see Reply.mend."""
+        passing, more = (reply.document, False) if reply.body is None else (reply.opening, True)
+        while more:
+            if passing:
+                await send({"type": "http.response.body", "body": passing, "more_body": True})
+            try:
+                assert reply.body is not None
+                async for data in deadline.bounded(reply.body) if deadline else reply.body:
+                    if passing := reply.read(data):
+                        await send({"type": "http.response.body", "body": passing, "more_body": True})
+                passing, more = reply.end(), False
+            except UpstreamError as e:
+                passing, more = await self._mended(reply, e, deadline)
+            except DeadlinePassed as e:
+                passing, more = reply.give_up(e), False
+        await send({"type": "http.response.body", "body": passing, "more_body": False})
+
+    async def _mended(self, reply: Reply, error: UpstreamError, deadline: Deadline | None) -> tuple[bytes, bool]:
+        mending = reply.mend(error)
+        try:
+            return await (deadline.bound(mending) if deadline else mending)
+        except DeadlinePassed as e:
+            return reply.give_up(e), False
 
     async def _show_models(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         registry = self._live.current
@@ -190,10 +208,6 @@ class Api:
 def _condition(model: Model) -> dict[str, str]:
     """Return what anybody may know of a model: not why it failed, since a log's tail may hold anything."""
     return {"state": model.state, "detail": model.detail if model.state == "starting" else ""}
-
-
-class _Cut(Exception):
-    """The rest of a body that was begun cannot come."""
 
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -235,10 +249,13 @@ async def _send_bytes(
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def send_error(send: Send, error: RequestError, request_id: bytes, path: str) -> None:
+async def send_error(send: Send, error: RequestError, request_id: bytes, path: str, attempts: int = 0) -> None:
     """Send an error in OpenAI's envelope; on Anthropic's path in one that its clients read as well."""
     envelope = error.envelope(anthropic=path.startswith("/v1/messages"))
-    await _send_bytes(send, error.status, envelope, [*error.headers(), (b"x-request-id", request_id)])
+    headers = [*error.headers(), (b"x-request-id", request_id)]
+    if attempts:
+        headers.append((b"x-polyvox-attempts", b"%d" % attempts))
+    await _send_bytes(send, error.status, envelope, headers)
 
 
 def build_app(api: Api, on_startup: list[Any], on_shutdown: list[Any]) -> ASGIApp:

@@ -6,13 +6,19 @@ from pathlib import Path
 from litestar.types import ASGIApp
 
 from engines.spec import FleetStatus
-from proxy import providers, registry
+from proxy import gauging, providers, registry
+from proxy.admission import Admission
 from proxy.api import Api, build_app
+from proxy.balancer import Balancer, Board
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.endpoints import Endpoints
+from proxy.fallback import Ways
 from proxy.metrics import Metrics
 from proxy.probe import LiveRegistry, watch_fleet
+from proxy.recovery import Recovery
 from proxy.registry import Endpoint
+from proxy.telemetry import Sink
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
 
@@ -20,33 +26,44 @@ from proxy.transport.local import LocalTransport
 class Worker:
     """What one worker process holds."""
 
-    def __init__(self, config: Config, control_socket: Path, metrics: Metrics) -> None:
+    def __init__(self, config: Config, control_socket: Path, metrics: Metrics, board: Board) -> None:
         providers.prepare(config)
         self._config = config
         self._metrics = metrics
+        self._board = board
+        self._balancer = make_balancer(config, board)
         self._supervisor = LocalTransport(f"unix:{control_socket}")
         self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
-        # All mutable state: a transport for each address in use, and the task that follows the supervisor.
+        self._endpoints = Endpoints(metrics)
+        self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
+        # All mutable state: a transport for each address in use, and the tasks that follow supervisor and engines.
         self._transports: dict[str, Transport] = {}
-        self._watching: asyncio.Task[None] | None = None
+        self._following: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
         return f"<Worker {self._live!r} {len(self._transports)} transports>"
 
     def app(self) -> ASGIApp:
         """Return the ASGI application; it starts and stops with this worker."""
-        chat = Chat(self._live, self._transport_to, self._config.server.start_wait, self._config.limits)
-        api = Api(chat, self._live, self._metrics, self._config.server)
+        server = self._config.server
+        admission = make_admission(self._config, self._balancer, self._metrics)
+        ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
+        api = Api(Chat(ways), self._live, self._metrics, server)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:
         if self._config.engines():
-            self._watching = asyncio.create_task(watch_fleet(self._live, self._config, self._supervisor))
+            watching = watch_fleet(self._live, self._config, self._supervisor)
+            self._following.append(asyncio.create_task(watching))
+        if names := self._board.mine():
+            gauged = gauging.follow(names, self._live, self._transport_to, self._balancer)
+            self._following.append(asyncio.create_task(gauged))
 
     async def _stop(self) -> None:
-        if self._watching:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
+        await self._recovery.close()
         for transport in (*self._transports.values(), self._supervisor):
             await transport.close()
 
@@ -55,6 +72,24 @@ class Worker:
         if transport is None:
             transport = self._transports[endpoint.address] = _make_transport(endpoint.address)
         return transport
+
+
+def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:
+    """Return the part of a worker in the memory behind a descriptor, in which all see each other's load."""
+    names = {name: model.endpoint_names(name) for name, model in config.models.items()}
+    learning = [name for name in names if len(names[name]) > 1 and config.models[name].balance == "predicted_ttft"]
+    return Board(names, learning, config.server.workers, worker, memory)
+
+
+def make_admission(config: Config, balancer: Balancer, sink: Sink) -> Admission:
+    """Make what lets requests in, with the queue of each model."""
+    return Admission(balancer, {name: model.queue for name, model in config.models.items()}, sink)
+
+
+def make_balancer(config: Config, board: Board) -> Balancer:
+    """Return the balancer of a configuration's endpoints."""
+    names = {name: model.endpoint_names(name) for name, model in config.models.items()}
+    return Balancer(names, {name: model.balance for name, model in config.models.items()}, board)
 
 
 def _make_transport(address: str) -> Transport:

@@ -7,16 +7,16 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 import yaml
 from msgspec import Meta
 
-from engines.spec import EngineSettings, EngineSpec, Seconds
+from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import media
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
@@ -76,13 +76,29 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     media_domains: tuple[str, ...] = ()
 
 
+Balance = Literal["predicted_ttft", "least_loaded", "round_robin", "weighted_random", "adaptive"]
+
+
+class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Requests that wait while every endpoint has as many as it may have (`max_in_flight`), first come first served.
+
+    size: how many may wait in each worker; 0: none. timeout: seconds that each waits at most. More get 429.
+    """
+
+    size: Annotated[int, Meta(ge=0)] = 1024
+    timeout: Seconds = 30.0
+
+
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server that somebody else runs. model: its own name for the model; the model's name if left out.
 
     provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, or the name of an entry
     point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
     provider, which says what it takes. stream_usage: false for a server that refuses `stream_options`; what its streams
-    use is then not accounted.
+    use is then not accounted. max_in_flight: requests that it gets at once; any number if left out. pass_timeout: true
+    for another Polyvox, which is told how long the client still waits (`x-request-timeout`). continues: whether a chat
+    that broke elsewhere can go on there, as with vLLM's `continue_final_message`; where left out, of anthropic's only.
+    Completions go on anywhere.
     """
 
     base_url: str
@@ -93,35 +109,83 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: Annotated[float, Meta(ge=0)] = 1.0
     model: str | None = None
     stream_usage: bool = True
+    max_in_flight: Count | None = None
+    pass_timeout: bool = False
+    continues: bool | None = None
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds: to connect, to the first byte of an answer, and between two reads of it."""
+    """Seconds: to connect, to the first byte of an answer, and between two reads of it.
+
+    first_token, between_tokens: the same for streams, whose head engines send at once; without them, those for bytes.
+    While nothing has been sent to the client, each leads to the next endpoint.
+    """
 
     connect: Seconds = 5.0
     first_byte: Seconds = 600.0
     between_bytes: Seconds = 120.0
+    first_token: Seconds | None = None
+    between_tokens: Seconds | None = None
+
+
+class BreakerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When an endpoint is no longer asked, and for how long.
+
+    failures: so many in a row. error_rate: such a share within a window of so many seconds, of `minimum` requests or
+    more. recovery: seconds until one request tries whether it is back; doubled each time that it is not, up to
+    max_recovery. A health check that is passed ends the wait.
+    """
+
+    failures: Annotated[int, Meta(ge=1)] = 5
+    error_rate: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    minimum: Annotated[int, Meta(ge=1)] = 20
+    window: Annotated[float, Meta(gt=0)] = 30.0
+    recovery: Annotated[float, Meta(gt=0)] = 60.0
+    max_recovery: Annotated[float, Meta(gt=0)] = 600.0
+
+
+class RetrySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much is tried again, of all the requests for a model: a share of them, and so many a second in any case."""
+
+    share: Annotated[float, Meta(ge=0, le=1)] = 0.2
+    per_second: Annotated[float, Meta(ge=0)] = 3.0
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model: one we run (`engine`) or one that somebody else runs (`endpoints`).
 
+    balance: which endpoint, or replica, gets a request, see proxy/balancer/policies.py. queue: who waits for one.
     allow: fields of requests that are refused otherwise, because they reach past the model: chat_template and the like.
     """
 
     engine: EngineSettings | None = None
     endpoints: tuple[EndpointSettings, ...] = ()
     timeouts: Timeouts = Timeouts()
+    balance: Balance = "predicted_ttft"
+    queue: Queue = Queue()
+    breaker: BreakerSettings = BreakerSettings()
+    retries: RetrySettings = RetrySettings()
     allow: tuple[str, ...] = ()
+
+    def endpoint_names(self, model: str) -> tuple[str, ...]:
+        """Return the names that the endpoints of a model have: in headers, metrics and commands."""
+        return tuple(f"{model}/{i}" for i in range(self.engine.replicas if self.engine else len(self.endpoints)))
+
+
+TASK = "task:"  # what a key of `fallbacks` begins with that stands for a kind of request, not for a model
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole configuration."""
+    """The whole configuration.
+
+    fallbacks: for a model, an alias or `task:NAME`, the models that answer when it cannot, in their order.
+    """
 
     server: Server = Server()
     limits: Limits = Limits()
     models: dict[str, ModelSettings] = {}
     aliases: dict[str, str] = {}
+    fallbacks: dict[str, tuple[str, ...]] = {}
 
     def engines(self) -> tuple[EngineSpec, ...]:
         """Return one spec for each engine process: every replica of every local model."""
@@ -275,6 +339,7 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
         limits: dict[str, Any] = {}
         models: dict[str, Any] = {}
         aliases: dict[str, Any] = {}
+        fallbacks: dict[str, Any] = {}
 
     for name in environ:
         section = name.removeprefix("POLYVOX_").split("__")[0].lower()
@@ -325,6 +390,10 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
         aliases={
             name: _convert(target, str, ("aliases", name), source) for name, target in _section(data, "aliases", source)
         },
+        fallbacks={
+            name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
+            for name, chain in _section(data, "fallbacks", source)
+        },
     )
 
 
@@ -357,11 +426,26 @@ def _located(error: msgspec.ValidationError, kind: type, path: tuple[str | int, 
     unknown = re.match(r"Object contains unknown field `(.*)`", match["what"])
     if unknown:
         return source.error((*path, *inner, unknown[1]), _unknown(unknown[1], _fields_at(kind, inner)))
+    invalid = re.match(r"Invalid enum value (.*)", match["what"])
+    if invalid:
+        return source.error((*path, *inner), f"{invalid[1]} is none of {', '.join(_literals_at(kind, inner))}")
     return source.error((*path, *inner), match["what"][0].lower() + match["what"][1:])
 
 
 def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
     """Return the keys that the Struct at these steps below `kind` takes."""
+    info = _info_at(kind, steps)
+    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
+    return tuple(f.encode_name for f in fields)
+
+
+def _literals_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
+    """Return the words that may stand at these steps below `kind`."""
+    info = _info_at(kind, steps)
+    return tuple(map(str, info.values)) if isinstance(info, msgspec.inspect.LiteralType) else ()
+
+
+def _info_at(kind: Any, steps: tuple[str | int, ...]) -> msgspec.inspect.Type:
     info = msgspec.inspect.type_info(kind)
     for step in (*steps, None):
         if isinstance(info, msgspec.inspect.UnionType):
@@ -370,8 +454,7 @@ def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
             info = next(f.type for f in info.fields if f.name == step)
         elif isinstance(step, int) and isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
             info = info.item_type
-    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
-    return tuple(f.encode_name for f in fields)
+    return info
 
 
 def _unknown(key: str, known: tuple[str, ...] | list[str]) -> str:
@@ -388,6 +471,9 @@ def _check(config: Config, source: _Source) -> None:
         _check_model(name, model, source)
     for alias, target in config.aliases.items():
         _check_alias(alias, target, config, source)
+    for name, chain in config.fallbacks.items():
+        _check_chain(name, chain, config, source)
+    _check_loops(config, source)
 
 
 def _check_server(server: Server, source: _Source) -> None:
@@ -475,9 +561,47 @@ def _check_alias(alias: str, target: str, config: Config, source: _Source) -> No
     if target in config.aliases:
         raise source.error(path, f"{target!r} is itself an alias; name its model, {config.aliases[target]!r}")
     if target not in config.models:
-        near = difflib.get_close_matches(target, config.models, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"models: {', '.join(config.models) or 'none'}"
-        raise source.error(path, f"there is no model {target!r}; {hint}")
+        raise source.error(path, _no_such("model", target, config.models))
+
+
+def _no_such(kind: str, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"models: {', '.join(known) or 'none'}"
+    return f"there is no {kind} {name!r}; {hint}"
+
+
+def _check_chain(name: str, chain: tuple[str, ...], config: Config, source: _Source) -> None:
+    path = ("fallbacks", name)
+    names = (*config.models, *config.aliases)
+    if name == TASK or (not name.startswith(TASK) and name not in names):
+        raise source.error(path, _no_such("model or alias", name, names) + f", or {TASK}NAME for a kind of request")
+    if not chain:
+        raise source.error(path, "the chain is empty; name a model, or take the line out")
+    seen = set[str]()
+    for i, step in enumerate(chain):
+        if step not in names:
+            raise source.error((*path, i), _no_such("model or alias", step, names))
+        model = config.aliases.get(step, step)
+        if model in seen:
+            raise source.error((*path, i), f"the chain loops: {step!r} is in it twice")
+        seen.add(model)
+
+
+def _check_loops(config: Config, source: _Source) -> None:
+    """Refuse models that stand in for each other: when one fails, its load would make the other fail, and so on."""
+    leads = {
+        name: {config.aliases.get(step, step) for step in chain}
+        for name, chain in config.fallbacks.items()
+        if not name.startswith(TASK)
+    }
+    for name in leads:
+        start = config.aliases.get(name, name)
+        reached, new = set[str](), {start}
+        while new:
+            after = {s for key, steps in leads.items() if config.aliases.get(key, key) in new for s in steps}
+            reached, new = reached | after, after - reached
+        if start in reached:
+            raise source.error(("fallbacks", name), f"the chain loops: it leads back to {start!r}")
 
 
 _SHORTEST_SECRET = 6  # characters; shorter variables are ports and the like, which would be found everywhere

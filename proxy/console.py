@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 
+import msgspec
 from rich import box
 from rich.console import Console as Terminal
 from rich.live import Live
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from engines.spec import EngineStatus, FleetStatus
 from proxy.config import Config
+from proxy.figures import Condition
 
 _COLOURS = {"ready": "green", "starting": "cyan", "draining": "yellow", "failed": "red", "stopped": "dim"}
 _BAR = 20
@@ -26,6 +28,27 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     terminal.print(table, soft_wrap=not terminal.is_terminal)
+
+
+def show_endpoints(report: bytes) -> None:
+    """Print what the workers of a server say of its endpoints: figures.Condition for each, as JSON."""
+    rows = [
+        (
+            c.endpoint,
+            _breaker(c),
+            f"{max(0.0, c.until - time.monotonic()):.0f} s" if c.until else None,
+            c.opened,
+            c.failed,
+        )
+        for c in msgspec.json.decode(report, type=list[Condition])
+    ]
+    print_table(("ENDPOINT", "BREAKER", "NEXT TRIAL", "OPENED", "FAILED"), rows)
+
+
+def _breaker(condition: Condition) -> str:
+    worst = next(state for state in ("open", "half_open", "closed") if condition.workers[state])
+    count, workers = condition.workers[worst], sum(condition.workers.values())
+    return worst if count == workers else f"{worst} ({count} of {workers} workers)"
 
 
 def _cell(value: object) -> str:

@@ -14,12 +14,15 @@ PolyvoxError
 │   ├── MethodNotAllowed       405
 │   ├── RequestTimeout         408
 │   ├── BodyTooLarge           413
+│   ├── TooBusy                429
 │   ├── HeadTooLarge           431
 │   ├── BadGateway             502
 │   ├── UpstreamFailed         5xx as the upstream said
 │   ├── TooManyConnections     503
 │   ├── NotReady               503, come back in a moment
 │   ├── EngineStopped          503, somebody has to do something
+│   ├── Unavailable            503, nothing that could answer is asked now
+│   ├── DeadlinePassed         504, as the client wished
 │   └── GatewayTimeout         504
 └── UpstreamError              an endpoint did not give a whole, valid answer
     ├── InvalidRequest         we refused to send it: a header or path that could smuggle; nothing was sent
@@ -28,12 +31,15 @@ PolyvoxError
     │   ├── ConnectTimeout     no connection in time
     │   │   └── PoolTimeout    all connections were busy for as long as connecting may take
     │   ├── FirstByteTimeout   the request was sent, and no answer began in time
-    │   └── BetweenBytesTimeout  the answer began, then stood still
+    │   ├── BetweenBytesTimeout  the answer began, then stood still
+    │   └── FirstTokenTimeout  a stream that has a head, and no token
     ├── MalformedAnswer        what came is not HTTP, or its framing is ambiguous
+    ├── ErrorEvent             a stream told of an error inside
     └── TruncatedAnswer        the connection ended before the answer did (perhaps before its first byte)
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -204,6 +210,18 @@ class TooManyConnections(RequestError):
         super().__init__("This server has as many connections as it takes (server.max_connections); try again soon.")
 
 
+class TooBusy(RequestError):
+    """Every endpoint of the model has as many requests as it may have, and no more can wait, or not any longer."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, model: str, retry_after: int) -> None:
+        super().__init__(f"The model {model!r} has more requests than it can take; try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
 class NotReady(RequestError):
     """The engine of the model is starting, and did not become ready in the time a request waits."""
 
@@ -226,6 +244,27 @@ class EngineStopped(RequestError):
 
     def __init__(self, model: str, state: str) -> None:
         super().__init__(f"The model {model!r} is not available: its engine is {state}.")
+
+
+class DeadlinePassed(RequestError):
+    """The time that the client gave its request is over."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("The answer was not complete in the time given (x-request-timeout).")
+
+
+class Unavailable(RequestError):
+    """Every endpoint that could answer has failed so often that it is not asked for a while."""
+
+    status = 503
+    code = "model_not_available"
+
+    def __init__(self, model: str, wait: float) -> None:
+        super().__init__(f"The model {model!r} is not available: it has failed too often just now; try again soon.")
+        self.retry_after = max(1, math.ceil(wait))
 
 
 class BadGateway(RequestError):
@@ -318,6 +357,12 @@ class BetweenBytesTimeout(UpstreamTimeout):
     summary = "the upstream stopped in the middle of its answer"
 
 
+class FirstTokenTimeout(UpstreamTimeout):
+    """The head of a stream came, but no token in time."""
+
+    summary = "the upstream gave no first token in time"
+
+
 class MalformedAnswer(UpstreamError):
     """What came is not HTTP, or it can be read in two ways; the connection is not used again."""
 
@@ -328,3 +373,17 @@ class TruncatedAnswer(UpstreamError):
     """The connection ended before the answer was complete, perhaps before its first byte."""
 
     summary = "the upstream ended the connection before its answer was complete"
+
+
+class ErrorEvent(UpstreamError):
+    """The endpoint ended its stream with an event that tells of an error.
+
+    document: the JSON of the event. before: what may still be sent of the bytes that it came with.
+    """
+
+    summary = "the upstream failed in the middle of its answer"
+
+    def __init__(self, document: bytes) -> None:
+        super().__init__()
+        self.document = document
+        self.before = b""

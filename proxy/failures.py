@@ -1,4 +1,6 @@
-"""Answers of upstreams that are errors, and what a client may see of them.
+"""What went wrong at an endpoint: what it says of the endpoint, where to go from there, and what a client may see.
+
+Answers that are errors:
 
 1. 4xx says what is wrong with the client's request, and passes; of a server of others with our key struck out.
 2. 5xx may hold paths, addresses or a traceback: status and Retry-After stay, the body is ours.
@@ -7,16 +9,111 @@
 5. 529 is what Anthropic calls overloaded; everybody else says 503.
 """
 
-from collections.abc import AsyncIterator
+from typing import NamedTuple
 
-from proxy.errors import BadGateway, MalformedAnswer, RequestError, UpstreamFailed
+import msgspec
+
+from proxy.breaker import Outcome
+from proxy.errors import (
+    BadGateway,
+    BadRequest,
+    ConnectFailed,
+    ConnectTimeout,
+    EngineStopped,
+    ErrorEvent,
+    InvalidRequest,
+    NotReady,
+    PathNotServed,
+    PoolTimeout,
+    RequestError,
+    TooBusy,
+    TruncatedAnswer,
+    Unavailable,
+    UpstreamError,
+    UpstreamFailed,
+)
 from proxy.registry import Endpoint
-from proxy.relay import Reply
 from proxy.transport import Answer
 
 _OUR_KEY = frozenset((401, 402, 403, 407))
 _OVERLOADED = 529
-_LONGEST = 1024 * 1024  # bytes; an error that is longer is cut
+_BUSY = frozenset((408, 425, 429))
+_PASSING = frozenset((502, 503))  # what those answer whose engine is being started, or has too much to do
+_NEVER = frozenset((501, 505))  # what the client wants is not there; it could break every breaker with it
+
+
+class _Error(msgspec.Struct):
+    code: int | str | None = None
+
+
+class _Event(msgspec.Struct):
+    error: _Error
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
+
+
+class Verdict(NamedTuple):
+    """What a failure means.
+
+    outcome: for the breaker. elsewhere: another endpoint may do better. again: so may this one, in a moment. sent: the
+    endpoint has had work with it.
+    """
+
+    outcome: Outcome
+    elsewhere: bool = True
+    again: bool = False
+    sent: bool = True
+
+
+_FAILED = Verdict(Outcome.FAILURE)
+_FINAL = Verdict(Outcome.NEUTRAL, elsewhere=False)
+BUSY = Verdict(Outcome.NEUTRAL)  # it has too much to do, or does not want us
+_PASSES = Verdict(Outcome.FAILURE, again=True)
+_NOT_NOW = Verdict(Outcome.NEUTRAL, sent=False)
+_OF_ERRORS: dict[type[Exception], Verdict] = {
+    InvalidRequest: _FINAL,
+    ConnectFailed: Verdict(Outcome.FAILURE, again=True, sent=False),
+    ConnectTimeout: Verdict(Outcome.FAILURE, sent=False),
+    PoolTimeout: Verdict(Outcome.NEUTRAL, sent=False),  # it is we who have no connection left
+    TruncatedAnswer: _PASSES,
+    UpstreamError: _FAILED,
+    BadGateway: BUSY,
+    **dict.fromkeys((TooBusy, NotReady, EngineStopped, Unavailable), _NOT_NOW),
+    RequestError: _FINAL,
+}
+
+
+def verdict(error: Exception, *, of_chain: bool = False) -> Verdict:
+    """Judge what was raised on the way to an endpoint and back.
+
+    of_chain: the endpoint is not one of the model that was asked for; what it cannot be asked, others may.
+    """
+    if of_chain and isinstance(error, (BadRequest, PathNotServed)):
+        return _NOT_NOW
+    if isinstance(error, ErrorEvent) and status_of(error):
+        return _FINAL
+    if isinstance(error, UpstreamFailed):
+        if error.status in _NEVER:
+            return _FINAL
+        if error.retry_after:
+            return BUSY
+        return _PASSES if error.status in _PASSING else _FAILED
+    return next(_OF_ERRORS[kind] for kind in type(error).__mro__ if kind in _OF_ERRORS)
+
+
+def status_of(error: ErrorEvent) -> int | None:
+    """Return the status of an error that a stream told of, where it is the client's; None otherwise."""
+    try:
+        code = _decode_event(error.document).error.code
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return code if isinstance(code, int) and 400 <= code < 500 and not is_busy(code) else None
+
+
+def is_busy(status: int) -> bool:
+    """Say whether a status asks to come again later, which another endpoint need not."""
+    return status in _BUSY
 
 
 def check(answer: Answer, endpoint: Endpoint) -> None:
@@ -29,7 +126,7 @@ def check(answer: Answer, endpoint: Endpoint) -> None:
 def _instead(answer: Answer, *, of_others: bool) -> RequestError | None:
     if answer.status >= 500:  # 2
         status = 503 if answer.status == _OVERLOADED else answer.status  # 5
-        return UpstreamFailed(status, _retry_after(answer))
+        return UpstreamFailed(status, retry_after(answer.headers))
     if 300 <= answer.status < 400:  # 3
         return BadGateway("The upstream answered with a redirect, which is not followed.")
     if of_others and answer.status in _OUR_KEY:  # 4
@@ -37,22 +134,15 @@ def _instead(answer: Answer, *, of_others: bool) -> RequestError | None:
     return None
 
 
-def _retry_after(answer: Answer) -> int | None:
-    value = next((value for name, value in answer.headers if name == b"retry-after"), b"")
+def retry_after(headers: list[tuple[bytes, bytes]]) -> int | None:
+    """Return the seconds of Retry-After; None without it, and for a date."""
+    value = next((value for name, value in headers if name == b"retry-after"), b"")
     return int(value) if value.isdigit() and len(value) < 7 else None
 
 
-def mask(reply: Reply, endpoint: Endpoint) -> Reply:
-    """Strike our key out of the body of an error."""
-    if endpoint.api_key is not None:
-        reply.body = _masked(reply.body, endpoint.api_key.reveal().encode())
-    return reply
-
-
-async def _masked(body: AsyncIterator[bytes], key: bytes) -> AsyncIterator[bytes]:
-    text = b""
-    async for data in body:
-        text += data
-        if len(text) > _LONGEST:
-            raise MalformedAnswer("an error that is too long")
-    yield text.replace(key, b"*" * len(key))  # of the same length, which the head has announced
+def masked(document: bytes, endpoint: Endpoint) -> bytes:
+    """Strike our key out of an error."""
+    if endpoint.api_key is None:
+        return document
+    key = endpoint.api_key.reveal().encode()
+    return document.replace(key, b"*" * len(key))  # of the same length, which the head has announced

@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engines.paths import StatePaths
 from proxy import config, providers
 from proxy.config import Config, Loaded, Server
 from proxy.console import Console
 from proxy.errors import ServeError
-from proxy.metrics import shared_memory
+from proxy.metrics import conditions, shared_memory
 from proxy.orders import Orders
 
 _QUICK_DEATH = 5.0  # seconds; a worker that ends sooner has not really started
@@ -51,7 +53,7 @@ async def _serve(loaded: Loaded, paths: StatePaths, console: Console, listening:
         supervisor = Supervisor(loaded.config.engines(), paths, launcher.prepare)
         async with (
             _engines(supervisor, launcher, loaded),
-            _background(serve_control(supervisor, paths.control_socket), stop),
+            _background(serve_control(supervisor, paths.control_socket, {"endpoints": workers.endpoints}), stop),
         ):
             following = console.follow(supervisor.watch(), address_of(listening), loaded.config)
             async with _background(following, stop):
@@ -150,6 +152,8 @@ class Workers:
         self._fd = listening.fileno()
         # What workers have counted outlives them here.
         self._metrics_fd = shared_memory()
+        self._board_fd = shared_memory("board")
+        self._config = settings
         self._settings = config.encode(settings)
         self._control_socket = str(control_socket)
         self._count = settings.server.workers
@@ -160,6 +164,10 @@ class Workers:
 
     def __repr__(self) -> str:
         return f"<Workers {sorted(p.pid for p in self._processes)} of {self._count}>"
+
+    def endpoints(self) -> bytes:
+        """Return how the endpoints are, as all workers together see them: figures.Condition for each, as JSON."""
+        return msgspec.json.encode(conditions(self._config, self._metrics_fd))
 
     async def run(self) -> None:
         """Keep all workers running until `stop`. Raises ServeError if they do not stay up."""
@@ -183,9 +191,10 @@ class Workers:
             self._console.say(f"a worker ended (exit status {status}); starting another", style="yellow")
 
     async def _run_one(self, number: int) -> int:
-        orders = Orders(self._settings, self._control_socket, self._fd, self._metrics_fd, number)
+        shared = (self._fd, self._metrics_fd, self._board_fd)
+        orders = Orders(self._settings, self._control_socket, *shared, number)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=(self._fd, self._metrics_fd)
+            sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=shared
         )
         self._processes.add(process)
         try:

@@ -14,9 +14,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from proxy import figures
 from proxy.accounting import FINISH_REASONS
 from proxy.config import Config
-from proxy.telemetry import ERROR_TYPES, OPERATIONS, OTHER, UNKNOWN, RequestFinished, RequestStarted
+from proxy.telemetry import (
+    ERROR_TYPES,
+    OPERATIONS,
+    OTHER,
+    UNKNOWN,
+    AttemptFailed,
+    BreakerChanged,
+    RequestFinished,
+    RequestQueued,
+    RequestStarted,
+)
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -86,33 +97,29 @@ _WIDTH = _OVERHEAD.sum_at + 1
 
 
 class Layout:
-    """Where the doubles of a worker are: the gauge of each endpoint, then each series."""
+    """Where the doubles of a worker are: gauges of endpoints and queues, each series, the row of each endpoint."""
 
     def __init__(self, config: Config) -> None:
-        names = _endpoints(config)
+        names = {name: model.endpoint_names(name) for name, model in config.models.items()}
         operations = (*dict.fromkeys(OPERATIONS.values()), OTHER)
         keys = [(UNKNOWN, "", o) for o in operations]
         keys += [(m, e, o) for m, endpoints in names.items() for e in ("", *endpoints) for o in operations]
         self.gauges = {key: i for i, key in enumerate((m, e) for m, es in names.items() for e in es)}
-        self.series = {key: len(self.gauges) + i * _WIDTH for i, key in enumerate(keys)}
-        self.size = len(self.gauges) + len(keys) * _WIDTH
+        self.queues = {m: len(self.gauges) + i for i, m in enumerate(names)}
+        first = len(self.gauges) + len(self.queues)
+        self.series = {key: first + i * _WIDTH for i, key in enumerate(keys)}
+        rows = first + len(keys) * _WIDTH
+        self.rows = {key: rows + i * figures.WIDTH for i, key in enumerate(self.gauges)}
+        self.size = rows + len(self.gauges) * figures.WIDTH
         self.elsewhere = self.series[UNKNOWN, "", OTHER]
 
     def __repr__(self) -> str:
         return f"<Layout {len(self.gauges)} gauges, {len(self.series)} series>"
 
 
-def _endpoints(config: Config) -> dict[str, list[str]]:
-    """Return the names of the endpoints of each model, as the registry names them."""
-    return {
-        name: [f"{name}/{i}" for i in range(model.engine.replicas if model.engine else len(model.endpoints))]
-        for name, model in config.models.items()
-    }
-
-
-def shared_memory() -> int:
+def shared_memory(name: str = "metrics") -> int:
     """Return the descriptor of memory for the figures of all workers. It ends with the last process that has it."""
-    return os.memfd_create("polyvox-metrics")
+    return os.memfd_create(f"polyvox-{name}")
 
 
 class Metrics:
@@ -127,8 +134,10 @@ class Metrics:
         # All mutable state: the doubles of all workers; this one writes its own only.
         self._all = memoryview(mmap.mmap(memory, size)).cast("d")
         self._own = self._all[worker * layout.size : (worker + 1) * layout.size]
-        for gauge in layout.gauges.values():  # the worker that had this part before may have died in the middle
+        # The worker that had this part before may have died in the middle.
+        for gauge in (*layout.gauges.values(), *layout.queues.values()):
             self._own[gauge] = 0.0
+        figures.clear(self._own, layout.rows)
 
     def __repr__(self) -> str:
         return f"<Metrics {self._layout!r}>"
@@ -138,11 +147,27 @@ class Metrics:
         if gauge is not None:
             self._own[gauge] += 1
 
+    def queued(self, event: RequestQueued) -> None:
+        self._own[self._layout.queues[event.model]] += 1 if event.waits else -1
+
+    def failed(self, event: AttemptFailed) -> None:
+        key = (event.model, event.endpoint)
+        if key in self._layout.gauges:
+            self._own[self._layout.gauges[key]] -= 1
+            figures.fail(self._own, self._layout.rows[key], event)
+
+    def changed(self, event: BreakerChanged) -> None:
+        row = self._layout.rows.get((event.model, event.endpoint))
+        if row is not None:
+            figures.change(self._own, row, event)
+
     def finished(self, event: RequestFinished) -> None:
         own, layout = self._own, self._layout
         gauge = layout.gauges.get((event.model, event.endpoint))
         if gauge is not None:
-            own[gauge] -= 1
+            own[gauge] -= event.under_way
+            if event.level or event.resumed:
+                figures.finish(own, layout.rows[event.model, event.endpoint], event)
         at = layout.series.get((event.model, event.endpoint, event.operation), layout.elsewhere)
         own[at + _OUTCOME_AT[event.error, event.finish_reason]] += 1
         own[at + _IN.at] += event.tokens_in
@@ -169,12 +194,27 @@ class Metrics:
         return content_type.encode(), encode(_Collected(list(self._collect())))
 
     def _collect(self) -> Iterator["Metric"]:
-        size = self._layout.size
-        parts = [self._all[i : i + size] for i in range(0, len(self._all), size)]
+        parts = _parts(self._all, self._layout)
         counted = {key: at for key, at in self._layout.series.items() if any(_summed(parts, at, len(_OUTCOMES)))}
         rows = {key: _summed(parts, at, _WIDTH) for key, at in counted.items()}
         gauges = {key: _summed(parts, at, 1)[0] for key, at in self._layout.gauges.items()}
+        queues = {model: _summed(parts, at, 1)[0] for model, at in self._layout.queues.items()}
+        yield _waiting(queues)
         yield from _families(rows, gauges)
+        yield from figures.families(parts, self._layout.rows)
+
+
+def conditions(config: Config, memory: int) -> list[figures.Condition]:
+    """Return how each endpoint is, from the memory of a running server's workers, of which nothing is changed."""
+    layout = Layout(config)
+    size = layout.size * config.server.workers * _DOUBLE
+    os.ftruncate(memory, size)
+    every = memoryview(mmap.mmap(memory, size, prot=mmap.PROT_READ)).cast("d")
+    return figures.conditions(_parts(every, layout), layout.rows)
+
+
+def _parts(every: "memoryview[float]", layout: Layout) -> list["memoryview[float]"]:
+    return [every[i : i + layout.size] for i in range(0, len(every), layout.size)]
 
 
 class _Collected:
@@ -192,6 +232,17 @@ _Rows = dict[tuple[str, str, str], list[float]]
 
 def _summed(parts: Sequence["memoryview[float]"], at: int, width: int) -> list[float]:
     return [sum(column) for column in zip(*(part[at : at + width] for part in parts), strict=True)]
+
+
+def _waiting(queues: dict[str, float]) -> "Metric":
+    from prometheus_client.core import GaugeMetricFamily
+
+    waiting = GaugeMetricFamily(
+        "polyvox_num_requests_waiting", "Requests that wait for an endpoint", labels=["model_name"]
+    )
+    for model, value in queues.items():
+        waiting.add_metric([model], value)
+    return waiting
 
 
 def _families(rows: _Rows, gauges: dict[tuple[str, str], float]) -> Iterator["Metric"]:

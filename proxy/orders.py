@@ -10,13 +10,15 @@ _SIZE_BYTES = 4
 class Orders(msgspec.Struct, frozen=True):
     """config: as `config.encode` gives it, secrets included, which is why it goes by a pipe.
 
-    worker: its number, from 0. metrics_fd: the memory that all workers count in.
+    worker: its number, from 0. metrics_fd: the memory that all workers count in. board_fd: that in which they see each
+    other's load.
     """
 
     config: bytes
     control_socket: str
     listen_fd: int
     metrics_fd: int
+    board_fd: int
     worker: int
 
     def frame(self) -> bytes:

@@ -1,24 +1,16 @@
-"""Bytes out: the answer of an endpoint on its way to the client, and one close() that settles everything."""
+"""The settlement of one request: who has it, when what happened, and one close() that gives everything back."""
 
-from collections.abc import AsyncIterator, Callable
-from time import perf_counter
+from collections.abc import Callable
+from time import monotonic
 
-from proxy import wire
-from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount
+from proxy.accounting import Account
 from proxy.balancer import Lease
-from proxy.renaming import EventRenamer
-from proxy.telemetry import FIRST_TOKEN, UNKNOWN, RequestFinished, RequestStarted, Sink, error_type
+from proxy.breaker import Breaker, Outcome, State
+from proxy.telemetry import UNKNOWN, AttemptFailed, RequestFinished, RequestStarted, Sink, error_type
 from proxy.transport import Answer
 
-_EVENT_STREAM = b"text/event-stream"
-_JSON = b"application/json"
-# Of an upstream's server: ours says its own, and its cookies, certificates and addresses are not for our clients.
-_SERVERS_OWN = frozenset(
-    (b"date", b"server", b"via", b"x-powered-by", b"set-cookie", b"location", b"alt-svc", b"x-request-id",
-     b"strict-transport-security", b"www-authenticate", b"openai-organization", b"openai-project",
-     b"anthropic-organization-id", b"x-polyvox-model", b"x-polyvox-endpoint")
-)  # fmt: skip
-_DOCUMENT_LIMIT = 256 * 1024 * 1024
+_CLOSED = State.CLOSED
+_SUCCESS, _NEUTRAL = Outcome.SUCCESS, Outcome.NEUTRAL
 
 
 class Exchange:
@@ -27,20 +19,27 @@ class Exchange:
     Whoever handles the request says what happens; times are those of the moment it is said. Our overhead is the time
     between the request being here and being sent, and between the head of the answer being here and being passed on,
     without waiting for an engine that starts.
+
+    A request may be sent several times. Each attempt, from `begin` on, has its lease, its breaker and its gauge settled
+    once: by `retreat`, after which another may begin, or by `close`.
     """
 
     __slots__ = (
-        "_account", "_answer", "_begun", "_clock", "_closed", "_error", "_first", "_lease", "_mark", "_overhead",
-        "_sink", "_status", "_streamed", "_whole", "endpoint", "model", "operation",
+        "_account", "_answer", "_begun", "_breaker", "_clock", "_closed", "_error", "_first", "_lease", "_mark",
+        "_overhead", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_whole", "attempts", "endpoint",
+        "level", "model", "operation", "resumed",
     )  # fmt: skip
 
-    def __init__(self, sink: Sink, operation: str, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(self, sink: Sink, operation: str, clock: Callable[[], float] = monotonic) -> None:
         self._sink = sink
         self.operation = operation
         self._clock = clock
-        # All mutable state. Who answers:
+        # All mutable state. Who answers, after how many models of a chain were passed over, at the which attempt:
         self.model = UNKNOWN
         self.endpoint = ""
+        self.level = 0
+        self.attempts = 0
+        self.resumed = 0  # times that the answer went on elsewhere
         # When it came, when its first token did, the seconds that we took, and the start of the next of them:
         self._begun = self._mark = clock()
         self._first: float | None = None
@@ -51,8 +50,11 @@ class Exchange:
         self._streamed = False
         self._whole = False
         self._closed = False
-        # What is to be settled:
+        # What is to be settled: of the attempt, which is under way once it is sent, and of all.
         self._lease: Lease | None = None
+        self._under_way = False
+        self._breaker: Breaker | None = None
+        self._ticket = 0
         self._answer: Answer | None = None
         self._account: Account | None = None
 
@@ -67,18 +69,41 @@ class Exchange:
         """What passed until now was waiting for others."""
         self._mark = self._clock()
 
-    def begin(self, endpoint: str, lease: Lease) -> None:
-        """The request goes to an endpoint, now."""
-        self.endpoint = endpoint
+    def hold(self, lease: Lease) -> None:
+        """Whatever becomes of the request, it now has a lease to give back."""
         self._lease = lease
+
+    def begin(self, endpoint: str, breaker: Breaker | None = None, ticket: int = 0) -> None:
+        """The request goes to an endpoint, now, by the lease that is held. ticket: of the breaker, for this attempt."""
+        self.attempts += 1
+        self.endpoint = endpoint
+        self._breaker = breaker
+        self._ticket = ticket
+        self._under_way = True
         self._sink.started(RequestStarted(self.model, endpoint))
         self._overhead += self._clock() - self._mark
+
+    async def retreat(self, error: BaseException | None, outcome: Outcome) -> None:
+        """The attempt has failed, with an error or (None) an answer that says so. Another may follow."""
+        was_under_way = self._under_way
+        self._settle(outcome)
+        if was_under_way:
+            kind = "upstream_4xx" if error is None else error_type(error) or "internal_error"
+            self._sink.failed(AttemptFailed(self.model, self.endpoint, kind))
+        if self._answer:
+            await self._answer.close()
+            self._answer = None
+        self._mark = self._clock()
 
     def answered(self, answer: Answer) -> None:
         """The head of the answer is here."""
         self._answer = answer
         self._status = answer.status
         self._mark = self._clock()
+
+    def answers(self, status: int) -> None:
+        """What the client gets is an answer that was put aside before."""
+        self._status = status
 
     def passes(self, account: Account, *, streamed: bool) -> None:
         """The answer is about to pass, and will be read by an account."""
@@ -87,8 +112,14 @@ class Exchange:
         self._overhead += self._clock() - self._mark
 
     def token(self) -> None:
-        """The first token is here."""
-        self._first = self._clock()
+        """The first token is here, or that of an endpoint with which the answer goes on."""
+        now = self._clock()
+        if self._first is None:
+            self._first = now
+        if self._lease:
+            self._lease.token(now)
+        if self._breaker and self._breaker.state is not _CLOSED:
+            self._ticket = self._breaker.record(Outcome.SUCCESS, now, self._ticket)
 
     def fail(self, error: BaseException, status: int = 0) -> None:
         """Something went wrong, on our side or an endpoint's; the client going away is none of it."""
@@ -104,13 +135,22 @@ class Exchange:
         if self._closed:
             return
         self._closed = True
-        if self._lease:
-            self._lease.release()
+        finished = self._finished()
+        self._settle(_SUCCESS if self._whole and self._status < 400 else _NEUTRAL, finished.tokens_in)
         try:
-            self._sink.finished(self._finished())
+            self._sink.finished(finished)
         finally:
             if self._answer:
                 await self._answer.close()
+
+    def _settle(self, outcome: Outcome, tokens_in: int = 0) -> None:
+        lease, self._lease = self._lease, None
+        now = self._clock()
+        if lease:
+            lease.release(now, failed=outcome is Outcome.FAILURE, tokens_in=tokens_in)
+        if self._under_way and self._breaker:
+            self._breaker.record(outcome, now, self._ticket)
+        self._under_way = False
 
     def _finished(self) -> RequestFinished:
         now, tally = self._clock(), self._account.tally if self._account else None
@@ -131,6 +171,9 @@ class Exchange:
             tokens_in=usage.tokens_in if usage else 0,
             tokens_out=tokens_out,
             tokens_cached=usage.cached if usage else 0,
+            under_way=self._under_way,
+            level=self.level,
+            resumed=self.resumed,
         )
 
     def _failure(self) -> str | None:
@@ -139,93 +182,3 @@ class Exchange:
         if self._error is None and self._account and self._account.tally.failed:
             return "upstream_error_event"
         return self._error
-
-
-class Reply:
-    """An answer ready to be sent: status, headers, and a body whose bytes are sent as `read` gives them back.
-
-    They are pulled by whoever sends them, since a layer between would cost as much as all the reading.
-    """
-
-    def __init__(
-        self,
-        exchange: Exchange,
-        status: int,
-        headers: list[tuple[bytes, bytes]],
-        body: AsyncIterator[bytes],
-        account: Account,
-        change: Callable[[bytes], bytes] | None = None,
-    ) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
-        self.is_event_stream = isinstance(account, StreamAccount)
-        self._exchange = exchange
-        self._account = account
-        self._change = change
-        # All mutable state: whether the first token is still to come.
-        self._awaits_token = True
-        exchange.passes(account, streamed=self.is_event_stream)
-
-    def __repr__(self) -> str:
-        return f"<Reply {self.status} {self._exchange!r}>"
-
-    def read(self, data: bytes) -> bytes:
-        """Take the next bytes of the body; return what is to be sent now, perhaps nothing."""
-        data = self._account.feed(data)
-        if self._awaits_token and self._account.begun:
-            self._awaits_token = False
-            self._exchange.token()
-        return self._change(data) if self._change and data else data
-
-    def end(self) -> bytes:
-        """The body is complete: return what is still to be sent."""
-        return self._changed(self._account.end())
-
-    def broken(self) -> bytes:
-        """The body will never be complete: return what may still be sent, which ends where an event does."""
-        return self._changed(self._account.broken())
-
-    def _changed(self, data: bytes) -> bytes:
-        return self._change(data) if self._change else data
-
-
-async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_usage: bool = False) -> Reply:
-    """Make the reply to a client.
-
-    rename: the `model` to write into the answer, None to leave it alone. hide_usage: a stream says what it used only
-    because we asked. Without either every byte passes as it came; an event stream passes event by event, and a JSON
-    document that needs a new name whole. Whatever is neither passes untouched.
-    """
-    headers = [(name, value) for name, value in answer.headers if name not in _SERVERS_OWN]
-    kind = content_type(headers)
-    if kind.startswith(_EVENT_STREAM):
-        account = StreamAccount(hide_usage=hide_usage, first_token=FIRST_TOKEN.get(exchange.operation, b""))
-        change = EventRenamer(rename) if rename is not None else None
-        return Reply(exchange, answer.status, headers, answer, account, change)
-    if not kind.startswith(_JSON):
-        return Reply(exchange, answer.status, headers, answer, NoAccount())
-    if rename is None:
-        return Reply(exchange, answer.status, headers, answer, DocumentAccount())
-    document = await answer.read(_DOCUMENT_LIMIT)
-    exchange.waited()
-    document = wire.set_model(document, rename)
-    return Reply(exchange, answer.status, with_length(headers, len(document)), _once(document), DocumentAccount())
-
-
-def content_type(headers: list[tuple[bytes, bytes]]) -> bytes:
-    """Return the value of Content-Type in lower case, or b""."""
-    for name, value in headers:
-        if name == b"content-type":
-            return value.lower()
-    return b""
-
-
-def with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
-    """Return headers with the Content-Length of another body."""
-    others = [(name, value) for name, value in headers if name != b"content-length"]
-    return [*others, (b"content-length", b"%d" % length)]
-
-
-async def _once(document: bytes) -> AsyncIterator[bytes]:
-    yield document

@@ -4,22 +4,20 @@ Nothing here needs a server. A file of labels has a JSON object a line: `prompt`
 whether the weak and the strong model were right: 1 or 0, or a part of it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, BinaryIO, NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import click
 import msgspec
 from msgspec import Meta
 
 from proxy import complexity, fitting
-from proxy.complexity import Model
 from proxy.curves import Curve
 from proxy.errors import ConfigError
 from proxy.fitting import Example
 
 FEWEST = 50
-Say = Callable[[str], None]
 Right = Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -60,37 +58,42 @@ class Target(NamedTuple):
             raise ConfigError(f"--{e}") from None
 
 
-def score(prompts: BinaryIO, name: str, model: Path | None) -> Iterator[str]:
-    """Yield the complexity of each prompt, in 0..1. Raises ConfigError that names the line which is no good."""
+def print_scores(prompts: str, model: Path | None) -> None:
+    """Print the complexity of each prompt of a file, `-` for stdin. Raises ConfigError naming a line that is no good."""
     chosen = complexity.load(model) if model else complexity.shipped()
-    for row in _rows(prompts, name, Prompt):
-        yield f"{chosen.score(row.prompt):.6f}"
+    name = "stdin" if prompts == "-" else prompts
+    try:
+        with click.open_file(prompts, "rb") as file:
+            for row in _rows(file, name, Prompt):
+                click.echo(f"{chosen.score(row.prompt):.6f}")
+    except OSError as e:
+        raise ConfigError(f"{name}: {e.strerror}") from None
 
 
-def fit(labels: Path, out: Path, target: Target, say: Say) -> None:
+def fit(labels: Path, out: Path, target: Target) -> None:
     """Write a model fitted to labels, and report what it is worth. Raises ConfigError where labels are no good."""
     share = target.resolve()
     rows = _read(labels)
-    say(f"reading {len(rows)} prompts")
+    _say(f"reading {len(rows)} prompts")
     examples = [Example(complexity.read(row.prompt), row.strong - row.weak) for row in rows]
-    scores = _cross_validated(examples, say)
+    scores = _cross_validated(examples)
     curve = _curve(labels, scores, rows)
     lengths = _curve(labels, [float(len(row.prompt)) for row in rows], rows)
     threshold = fitting.threshold_for_share(scores, share)
-    say("fitting all of them")
+    _say("fitting all of them")
     fitted = fitting.fit(examples, complexity.shipped())
     _write(out, msgspec.json.encode(msgspec.structs.replace(fitted, threshold=threshold)) + b"\n")
-    say(f"APGR, cross-validated: {curve.apgr():.3f} (prompt length {lengths.apgr():.3f}, random 0.500)")
-    say(f"half of the gap is closed at {curve.cpt(0.5):.0%} strong calls, 80% of it at {curve.cpt(0.8):.0%}")
-    say(f"threshold for {share:.0%} strong calls: {threshold:.4f}, where {curve.pgr(share):.0%} of the gap is closed")
-    say(f"wrote {out}")
+    _say(f"APGR, cross-validated: {curve.apgr():.3f} (prompt length {lengths.apgr():.3f}, random 0.500)")
+    _say(f"half of the gap is closed at {curve.cpt(0.5):.0%} strong calls, 80% of it at {curve.cpt(0.8):.0%}")
+    _say(f"threshold for {share:.0%} strong calls: {threshold:.4f}, where {curve.pgr(share):.0%} of the gap is closed")
+    _say(f"wrote {out}")
 
 
-def _cross_validated(examples: list[Example], say: Say) -> list[float]:
+def _cross_validated(examples: list[Example]) -> list[float]:
     rounds = iter(range(1, 6))
 
     def learn(places: list[int]) -> complexity.Coefficients:
-        say(f"cross-validation, {next(rounds)} of 5")
+        _say(f"cross-validation, {next(rounds)} of 5")
         return fitting.fit([examples[i] for i in places], complexity.shipped())
 
     return fitting.out_of_fold([e.reading for e in examples], learn, fitting.shuffled_folds(len(examples)))
@@ -131,6 +134,6 @@ def _write(out: Path, data: bytes) -> None:
         raise ConfigError(f"{out}: {e.strerror}") from None
 
 
-def say(text: str) -> None:
+def _say(text: str) -> None:
     """Tell the user how it goes, apart from what is printed as a result."""
     click.echo(text, err=True)

@@ -31,7 +31,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"分類|カテゴリ|判定|ポジティブ|ネガティブ|スパム|ラベル",
     ),
     "code": (
-        r"```|\b(?:def \w+\(|class \w+[:({]|import \w+|select .{1,80} from\b|for \w+ in \w+\()|#include|\(\w*\);|exception\b",
+        r"```|\b(?:def \w+\(|class \w+[:({]|import \w+|select .{1,80} from\b|for \w+ in \w+\()|#include|"
+        r"\(\w*\);|exception\b",
         r"\b(?:python|java(?:script)?|typescript|c\+\+|c#|rust|golang|sql|html|css|bash|regex|docker\w*|kubernetes|git|"
         r"api|json|yaml|react|node\.js|django|numpy|pandas|compiler?|debug\w*|refactor\w*|source code|codebase|"
         r"programm(?:e|ing)|algorithm|unit tests?|stack ?trace|segmentation fault|pull request)\b",
@@ -59,8 +60,9 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "legal": (
         r"\b(?:law(?:s|suit|yer)?|legal(?:ly)?|contracts?|clauses?|lease|landlord|tenant|court|sue|plaintiff|defendant|"
         r"statut\w+|liab(?:le|ility)|felony|misdemeanor|copyright|non-disclosure|attorney|gdpr|breach)\b",
-        r"\b(?:стать(?:я|и|е|ю|ёй|ей) \d+|ук рф|гк рф|тк рф|коап|договор\w*|закон(?:а|у|ом|е|ы|ов|но)?\b|иск(?:а|ом|овое)?\b|"
-        r"суд(?:а|е|у|ом|ебн\w+)?\b|юрис\w+|ответственност\w+|расторг\w+|работодател\w+|наследств\w+|прав[ао] собственности)",
+        r"\b(?:стать(?:я|и|е|ю|ёй|ей) \d+|ук рф|гк рф|тк рф|коап|договор\w*|закон(?:а|у|ом|е|ы|ов|но)?\b|"
+        r"иск(?:а|ом|овое)?\b|суд(?:а|е|у|ом|ебн\w+)?\b|юрис\w+|ответственност\w+|расторг\w+|работодател\w+|наследств\w+|"
+        r"прав[ао] собственности)",
         r"法律|契約|規則|条項|著作権|民法|刑法|訴訟|裁判|弁護士|損害賠償|侵害|法的",
     ),
     "creative": (
@@ -92,7 +94,9 @@ def tasks(extra: Mapping[str, Sequence[str]] | None = None) -> tuple[Task, ...]:
     if GENERAL in extra:
         raise ConfigError(f"tasks.{GENERAL}: has no patterns: it is what matches nothing else")
     return tuple(
-        Task(name, (*map(re.compile, PATTERNS.get(name, ())), *_checked(name, extra.get(name, ()))), WEIGHTS.get(name, 1))
+        Task(
+            name, (*map(re.compile, PATTERNS.get(name, ())), *_checked(name, extra.get(name, ()))), WEIGHTS.get(name, 1)
+        )
         for name in {**PATTERNS, **extra}
     )
 

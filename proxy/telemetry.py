@@ -51,13 +51,39 @@ class RequestStarted(msgspec.Struct, frozen=True, gc=False):
     endpoint: str
 
 
+class RequestQueued(msgspec.Struct, frozen=True, gc=False):
+    """A request waits, because every endpoint of its model has as many as it may have; or it does no longer."""
+
+    model: str
+    waits: bool
+
+
+class AttemptFailed(msgspec.Struct, frozen=True, gc=False):
+    """A request that was sent to an endpoint is over there, and may go on elsewhere. error: one of ERROR_TYPES."""
+
+    model: str
+    endpoint: str
+    error: str
+
+
+class BreakerChanged(msgspec.Struct, frozen=True, gc=False):
+    """The breaker of an endpoint is in another state. until: when it may be tried again, by the monotonic clock."""
+
+    model: str
+    endpoint: str
+    state: str
+    until: float
+
+
 class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     """A request is over.
 
     model: a configured one, or UNKNOWN. endpoint: the one it was sent to, "" for none. status: 0 where the client had
     gone before there was one. error: one of ERROR_TYPES, or None. finish_reason: one of accounting.FINISH_REASONS;
     "abort" if the client did not stay to the end. Times are in seconds from the request being here; None where there
-    was nothing to time. per_token: for each token after the first. overhead: what we took ourselves.
+    was nothing to time. per_token: for each token after the first. overhead: what we took ourselves. under_way: it was
+    at the endpoint until now. level: how many models of the chain were passed over. resumed: how often a stream went on
+    elsewhere.
     """
 
     model: str
@@ -73,6 +99,9 @@ class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     tokens_in: int
     tokens_out: int
     tokens_cached: int
+    under_way: bool = True
+    level: int = 0
+    resumed: int = 0
 
 
 class Sink(Protocol):
@@ -80,7 +109,13 @@ class Sink(Protocol):
 
     def started(self, event: RequestStarted) -> None: ...
 
+    def failed(self, event: AttemptFailed) -> None: ...
+
+    def queued(self, event: RequestQueued) -> None: ...
+
     def finished(self, event: RequestFinished) -> None: ...
+
+    def changed(self, event: BreakerChanged) -> None: ...
 
 
 def _type_name(kind: type[BaseException]) -> str:

@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 
 from proxy import config, inbound
-from proxy.app import Worker
+from proxy.app import Worker, make_board
 from proxy.metrics import Metrics
 from proxy.orders import Orders
 
@@ -37,7 +37,8 @@ def main() -> int:
     given = Orders.read(sys.stdin.buffer)
     settings = config.decode(given.config)
     metrics = Metrics(settings, given.worker, given.metrics_fd)
-    server = _Server(_uvicorn_config(Worker(settings, Path(given.control_socket), metrics), settings))
+    board = make_board(settings, given.worker, given.board_fd)
+    server = _Server(_uvicorn_config(Worker(settings, Path(given.control_socket), metrics, board), settings))
     listening = socket.socket(fileno=given.listen_fd)
     uvloop.run(_serve(server, listening, settings.server))
     return 0

@@ -67,6 +67,13 @@ def test_a_remote_model_gives_no_engine(load):
         ("server:\n  prot: 9000\n", 2, ["server.prot", "did you mean 'port'"]),
         (LOCAL + "      quantisation: fp8\n", 6, ["models.small.engine.quantisation", "did you mean 'quantization'"]),
         (LOCAL + "    colour: red\n", 6, ["models.small.colour", "known: engine, endpoints"]),
+        (
+            LOCAL + "    balance: random\n",
+            6,
+            ["models.small.balance", "'random' is none of", "predicted_ttft", "adaptive"],
+        ),
+        (LOCAL + "    queue:\n      size: -1\n", 7, ["models.small.queue.size", ">= 0"]),
+        (LOCAL + "      max_in_flight: 0\n", 6, ["models.small.engine.max_in_flight", ">= 1"]),
         ("server:\n  port: 70000\n", 2, ["server.port", "<= 65535"]),
         ("server:\n  port: [1]\n", 2, ["server.port", "expected `int`"]),
         (LOCAL.replace("replicas: 1", "replicas: 0"), 5, ["models.small.engine.replicas", ">= 1"]),
@@ -209,3 +216,80 @@ def test_any_mapping_is_either_loaded_or_refused_with_a_line(tmp_path_factory, m
 )  # fmt: skip
 def test_loopback_is_told_from_what_others_can_reach(host, expected):
     assert config.is_loopback(host) is expected
+
+
+# Fallbacks
+
+CHAINS = """
+models:
+  a: {endpoints: [{base_url: http://x/v1}]}
+  b: {endpoints: [{base_url: http://x/v1}]}
+  c: {endpoints: [{base_url: http://x/v1}]}
+aliases: {also-a: a, also-b: b}
+fallbacks:
+"""
+
+
+@pytest.mark.parametrize(
+    ("chains", "line", "said"),
+    [
+        ("  a: []", 8, "fallbacks.a: the chain is empty"),
+        ("  a: [b, a]", 8, "leads back to 'a'"),
+        ("  also-a: [a]", 8, "leads back to 'a'"),
+        ("  a: [also-b]\n  b: [also-a]", 8, "leads back to 'a'"),
+        ("  a: [b]\n  b: [c]\n  c: [a]", 8, "leads back to 'a'"),
+        ("  a: [b, also-b]", 8, "fallbacks.a[1]: the chain loops: 'also-b' is in it twice"),
+        ("  a: [bb]", 8, "fallbacks.a[0]: there is no model or alias 'bb'"),
+        ("  d: [a]", 8, "fallbacks.d: there is no model or alias 'd'"),
+        ("  a: b", 8, "fallbacks.a: expected `array`"),
+        ("  c:\n    - a\n    - z", 10, "fallbacks.c[1]: there is no model"),
+        ("  task:code: [z]", 8, "there is no model or alias 'z'"),
+        ('  "task:": [a]', 8, "task:NAME"),
+        ("  a: [b]\n  a: [c]", 9, "the key is there twice"),
+    ],
+)
+def test_a_chain_that_leads_nowhere_is_refused_with_its_line(tmp_path: Path, chains, line, said):
+    file = tmp_path / "polyvox.yaml"
+    file.write_text(CHAINS + chains)
+    with pytest.raises(ConfigError) as caught:
+        config.load(file, {})
+    assert str(caught.value).startswith(f"{file}:{line}: ")
+    assert said in str(caught.value)
+
+
+def test_chains_are_for_models_aliases_and_tasks(tmp_path: Path):
+    file = tmp_path / "polyvox.yaml"
+    file.write_text(CHAINS + "  a: [b, c]\n  also-b: [c]\n  task:code: [a, b]")
+    assert config.load(file, {}).config.fallbacks == {"a": ("b", "c"), "also-b": ("c",), "task:code": ("a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("breaker: {failures: 0}", "models.m.breaker.failures"),
+        ("breaker: {error_rate: 2}", "models.m.breaker.error_rate"),
+        ("breaker: {recoveri: 2}", "did you mean 'recovery'"),
+        ("retries: {share: -1}", "models.m.retries.share"),
+        ("timeouts: {first_token: -1}", "models.m.timeouts.first_token"),
+    ],
+)
+def test_what_no_breaker_can_have_is_refused_with_its_line(tmp_path: Path, settings, said):
+    file = tmp_path / "polyvox.yaml"
+    file.write_text(f"models:\n  m:\n    endpoints: [{{base_url: http://x/v1}}]\n    {settings}")
+    with pytest.raises(ConfigError) as caught:
+        config.load(file, {})
+    assert str(caught.value).startswith(f"{file}:4: ")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "line", "said"), [((-1, 1), 4, "endpoints[0].weight"), ((0, 0), 3, "all weights are 0")]
+)
+def test_weights_that_choose_nothing_are_refused_with_their_line(tmp_path: Path, weights, line, said):
+    file = tmp_path / "polyvox.yaml"
+    endpoints = "".join(f"      - {{base_url: http://x/v1, weight: {weight}}}\n" for weight in weights)
+    file.write_text(f"models:\n  m:\n    endpoints:\n{endpoints}")
+    with pytest.raises(ConfigError) as caught:
+        config.load(file, {})
+    assert str(caught.value).startswith(f"{file}:{line}: ")
+    assert said in str(caught.value)

@@ -197,7 +197,8 @@ def under_way(sink: Recorded, clock: Clock, load: Load) -> tuple[Exchange, FakeA
     exchange.received()
     exchange.model = "local"
     clock.tick(0.001)
-    exchange.begin("local/0", load.lease())
+    exchange.hold(load.lease())
+    exchange.begin("local/0")
     clock.tick(2.0)
     exchange.answered(answer)  # type: ignore[arg-type]
     clock.tick(0.002)
@@ -256,7 +257,8 @@ def test_waiting_for_an_engine_that_starts_is_not_our_overhead(sink: Recorded, c
     exchange = Exchange(sink, "chat", clock)
     clock.tick(30.0)
     exchange.waited()
-    exchange.begin("local/0", Load().lease())
+    exchange.hold(Load().lease())
+    exchange.begin("local/0")
     exchange.passes(StreamAccount(), streamed=True)
     asyncio.run(exchange.close())
     assert sink.events[0].overhead == 0

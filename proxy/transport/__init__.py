@@ -28,14 +28,16 @@ class Timeouts(msgspec.Struct, frozen=True):
     """Seconds; None means no limit.
 
     connect: to have a connection, waiting for a free one included.
-    first_byte: from the request being sent to the head of the answer being whole. vLLM sends the head of a stream
-    at once: there the wait for the first token is a pause between bytes.
+    first_byte: from the request being sent to the head of the answer being whole.
     between_bytes: the longest pause inside an answer while somebody waits for it.
+    first_chunk: from the head to the first bytes of the body; None means between_bytes. vLLM sends the head of a stream
+    at once: there it is the wait for the first token.
     """
 
     connect: float | None = 5.0
     first_byte: float | None = 600.0
     between_bytes: float | None = 60.0
+    first_chunk: float | None = None
 
 
 class Answer(Protocol):

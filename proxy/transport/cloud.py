@@ -43,16 +43,23 @@ _FOREIGN = (
 )
 
 
+Clock = dict[str, float | None]  # httpcore2's timeouts, in seconds
+
+
 class CloudAnswer:
     """See proxy.transport.Answer."""
 
-    def __init__(self, transport: "CloudTransport", response: httpcore2.Response) -> None:
-        # Mutable state: the iterator over the body, and whether the response was closed.
+    def __init__(
+        self, transport: "CloudTransport", response: httpcore2.Response, clock: Clock, between_bytes: float | None
+    ) -> None:
+        # Mutable state: the iterator over the body, the clock of its reads, and whether the response was closed.
         raw = [(name.lower(), value) for name, value in response.headers]
         self.status, self.headers, *_ = check_head(response.status, raw)
         self._transport = transport
         self._response = response
         self._chunks = cast(AsyncIterator[bytes], response.aiter_stream())
+        self._clock = clock
+        self._between_bytes = between_bytes
         self._closed = False
 
     def __repr__(self) -> str:
@@ -66,7 +73,9 @@ class CloudAnswer:
             raise TruncatedAnswer("it was abandoned by us", address=self._transport.address)
         try:
             with _mapped(BetweenBytesTimeout, self._transport.address):
-                return await anext(self._chunks)
+                chunk = await anext(self._chunks)
+            self._clock["read"] = self._between_bytes
+            return chunk
         except (UpstreamError, asyncio.CancelledError):
             await self.close()
             raise
@@ -115,7 +124,7 @@ class CloudTransport:
         return f"<CloudTransport {self.address}: {len(self._pool.connections)} open, {len(self._closings)} closing>"
 
     async def send(self, method: bytes, path: bytes, headers: Headers, body: Body, timeouts: Timeouts) -> CloudAnswer:
-        clock = {
+        clock: Clock = {
             "connect": timeouts.connect,
             "pool": timeouts.connect,
             "read": timeouts.first_byte,
@@ -126,8 +135,9 @@ class CloudTransport:
             with _mapped(FirstByteTimeout, self.address):
                 response = await self._pool.handle_async_request(request)
                 undo.push_async_callback(response.aclose)
-                clock["read"] = timeouts.between_bytes  # it is looked at again before each read
-                answer = CloudAnswer(self, response)
+                # It is looked at again before each read.
+                clock["read"] = timeouts.between_bytes if timeouts.first_chunk is None else timeouts.first_chunk
+                answer = CloudAnswer(self, response, clock, timeouts.between_bytes)
             undo.pop_all()
             return answer
 
@@ -141,9 +151,7 @@ class CloudTransport:
         self._closings.add(closing)
         closing.add_done_callback(self._closings.discard)
 
-    def _request(
-        self, method: bytes, path: bytes, headers: Headers, body: Body, clock: dict[str, float | None]
-    ) -> httpcore2.Request:
+    def _request(self, method: bytes, path: bytes, headers: Headers, body: Body, clock: Clock) -> httpcore2.Request:
         check_target(method, path)
         kept = [header for header in forwardable(headers) if header[0] != b"accept-encoding"]
         whole = isinstance(body, bytes)

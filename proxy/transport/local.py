@@ -57,14 +57,15 @@ class Request(NamedTuple):
 class LocalAnswer:
     """See proxy.transport.Answer."""
 
-    def __init__(self, connection: "Connection", between_bytes: float | None) -> None:
+    def __init__(self, connection: "Connection", timeouts: Timeouts) -> None:
         # Mutable state: status and headers, 0 and [] until the head is there; the connection, None once
-        # the exchange is over; the body bytes not yet taken and their number; whether the body is complete
-        # or why it will never be; the future of whoever waits for any of this.
+        # the exchange is over; how long the next bytes may take; the body bytes not yet taken and their number;
+        # whether the body is complete or why it will never be; the future of whoever waits for any of this.
         self.status = 0
         self.headers: Headers = []
         self._connection: Connection | None = connection
-        self._between_bytes = between_bytes
+        self._between_bytes = timeouts.between_bytes
+        self._pause = timeouts.between_bytes if timeouts.first_chunk is None else timeouts.first_chunk
         self._chunks: list[bytes] = []
         self._size = 0
         self._whole = False
@@ -84,7 +85,7 @@ class LocalAnswer:
                 raise self._error
             if self._whole:
                 raise StopAsyncIteration
-            await self._wait(self._between_bytes, BetweenBytesTimeout)
+            await self._wait(self._pause, BetweenBytesTimeout)
         return self._take()
 
     async def read(self, limit: int) -> bytes:
@@ -128,6 +129,7 @@ class LocalAnswer:
     def _take(self) -> bytes:
         chunks, self._chunks = self._chunks, []
         self._size = 0
+        self._pause = self._between_bytes
         if self._connection is not None:
             self._connection.resume_reading()
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -209,7 +211,7 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = self._until_eof = self._complete = self._reusable = False
         self._overhead = 0
         self._bodiless = request.bodiless_answer
-        answer = self._answer = LocalAnswer(self, timeouts.between_bytes)
+        answer = self._answer = LocalAnswer(self, timeouts)
         if isinstance(request.body, bytes):
             assert self._transport is not None
             self._transport.write(request.head + request.body)

@@ -1,0 +1,116 @@
+"""What each worker tells of each endpoint in the memory that they share: its breaker, and what failed there.
+
+An endpoint has a row of doubles in the part of each worker. See proxy.metrics for the memory.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from proxy.telemetry import ERROR_TYPES, AttemptFailed, BreakerChanged, RequestFinished
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+Key = tuple[str, str]  # model, endpoint
+
+STATES: Final = ("closed", "half_open", "open")
+_STATE, _UNTIL, _STOOD_IN, _RESUMED, _CHANGES = range(5)
+_FAILURES: Final = _CHANGES + len(STATES)
+WIDTH: Final = _FAILURES + len(ERROR_TYPES)
+_ERROR_AT: Final = {name: _FAILURES + i for i, name in enumerate(ERROR_TYPES)}
+
+
+class Condition(msgspec.Struct, frozen=True):
+    """How an endpoint is: the number of workers whose breaker is in each state, all of them together.
+
+    until: when the first of the open ones tries it again, by the monotonic clock; 0 if none is open. opened: how often
+    breakers did. failed: attempts that did.
+    """
+
+    model: str
+    endpoint: str
+    workers: dict[str, int]
+    until: float
+    opened: int
+    failed: int
+
+
+def clear(own: "memoryview[float]", rows: Mapping[Key, int]) -> None:
+    """A worker begins: it has opened no breaker yet, whatever the one before it had."""
+    for at in rows.values():
+        own[at + _STATE] = own[at + _UNTIL] = 0.0
+
+
+def fail(own: "memoryview[float]", at: int, event: AttemptFailed) -> None:
+    """Count an attempt that failed."""
+    own[at + _ERROR_AT[event.error]] += 1
+
+
+def change(own: "memoryview[float]", at: int, event: BreakerChanged) -> None:
+    """Note the state of a breaker."""
+    own[at + _STATE] = STATES.index(event.state)
+    own[at + _UNTIL] = event.until
+    own[at + _CHANGES + STATES.index(event.state)] += 1
+
+
+def finish(own: "memoryview[float]", at: int, event: RequestFinished) -> None:
+    """Count what was answered in the place of others."""
+    own[at + _STOOD_IN] += event.level > 0 and event.error is None
+    own[at + _RESUMED] += event.resumed
+
+
+def conditions(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> list[Condition]:
+    """Read how each endpoint is, from the parts of all workers."""
+    return [_condition(parts, key, at) for key, at in rows.items()]
+
+
+def _condition(parts: Sequence["memoryview[float]"], key: Key, at: int) -> Condition:
+    states = [STATES[int(part[at + _STATE])] for part in parts]
+    ends = [part[at + _UNTIL] for part in parts if part[at + _UNTIL]]
+    opened = sum(part[at + _CHANGES + STATES.index("open")] for part in parts)
+    failed = sum(sum(part[at + _FAILURES : at + WIDTH]) for part in parts)
+    workers = {state: states.count(state) for state in STATES}
+    return Condition(*key, workers, min(ends, default=0.0), int(opened), int(failed))
+
+
+def families(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> Iterator["Metric"]:
+    """Yield what Prometheus is shown."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    labels = ("model_name", "endpoint")
+    breakers = GaugeMetricFamily(
+        "polyvox_breakers", "Workers whose breaker of an endpoint is in a state", labels=(*labels, "state")
+    )
+    changes = CounterMetricFamily(
+        "polyvox_breaker_transitions",
+        "Changes of the breakers of an endpoint, by the new state",
+        labels=(*labels, "state"),
+    )
+    failed = CounterMetricFamily(
+        "polyvox_attempt_failures", "Requests that failed at an endpoint, and may have gone on elsewhere",
+        labels=(*labels, "error_type"),
+    )  # fmt: skip
+    for found in conditions(parts, rows):
+        for state, count in found.workers.items():
+            breakers.add_metric((found.model, found.endpoint, state), count)
+    for key, at in rows.items():
+        for i, state in enumerate(STATES):
+            changes.add_metric((*key, state), _sum(parts, at + _CHANGES + i))
+        for name, where in _ERROR_AT.items():
+            if failures := _sum(parts, at + where):
+                failed.add_metric((*key, name), failures)
+    yield from (breakers, changes, failed)
+    for name, text, where in (
+        ("polyvox_fallbacks", "Requests for another model that this one answered", _STOOD_IN),
+        ("polyvox_streams_resumed", "Streams that broke elsewhere and went on here", _RESUMED),
+    ):
+        family = CounterMetricFamily(name, text, labels=labels)
+        for key, at in rows.items():
+            family.add_metric(key, _sum(parts, at + where))
+        yield family
+
+
+def _sum(parts: Sequence["memoryview[float]"], at: int) -> float:
+    return sum(part[at] for part in parts)
