@@ -186,8 +186,8 @@ def head(bench: Bench) -> str:
     return (
         "# Routing by complexity\n\n"
         f"Made by `make bench-routing` with Python {platform.python_version()} over {len(bench.prompts)} prompts. "
-        "Weak and strong are Mixtral-8x7B and GPT-4-1106 on MMLU, Mistral-7B and Nemotron-51B elsewhere; sets on which these "
-        f"differ by less than {MIN_GAP:.0%} are not listed. Random routing has an APGR of 0.5."
+        "Weak and strong are Mixtral-8x7B and GPT-4-1106 on MMLU, Mistral-7B and Nemotron-51B elsewhere; sets "
+        f"on which these differ by less than {MIN_GAP:.0%} are not listed. Random routing has an APGR of 0.5."
     )
 
 

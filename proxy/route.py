@@ -59,7 +59,7 @@ class Target(NamedTuple):
 
 
 def print_scores(prompts: str, model: Path | None) -> None:
-    """Print the complexity of each prompt of a file, `-` for stdin. Raises ConfigError naming a line that is no good."""
+    """Print the complexity of each prompt of a file, `-` for stdin. Raises ConfigError that names the bad line."""
     chosen = complexity.load(model) if model else complexity.shipped()
     name = "stdin" if prompts == "-" else prompts
     try:
