@@ -27,6 +27,8 @@ _PAIR = 0x5BD1E995  # keeps the pair ("i", "t") apart from the word "it"
 
 # Of a long prompt only its ends are read: the task stands first or last.
 _HEAD, _TAIL = 1200, 800
+_MOST = 400  # words; more of them only where every sign is one
+_STEM = 5  # what the glossary has of fewer letters is a whole word
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 # Answers to choose from, and "Answer:", are the form of an exam and not a property of the question.
@@ -126,8 +128,8 @@ def read(prompt: str) -> Reading:
     """Return what the model sees of a prompt. Time is bounded whatever its length."""
     text = unicodedata.normalize("NFKC", _ends(prompt))[: _HEAD + _TAIL + 1]
     text = _NUMBER.sub("0", _CHOICES.sub("", text).strip() or text)
-    tokens = _TOKEN.findall(text.lower())
-    return Reading(_buckets(tokens if text.isascii() else _in_english(tokens)), _shape(text, tokens))
+    tokens = _tokens(text)
+    return Reading(_buckets(tokens), _shape(text, tokens))
 
 
 def norm(reading: Reading) -> float:
@@ -142,6 +144,15 @@ def standard(shape: Sequence[float], means: Sequence[float], spreads: Sequence[f
 
 def _ends(prompt: str) -> str:
     return prompt if len(prompt) <= _HEAD + _TAIL else f"{prompt[:_HEAD]}\n{prompt[-_TAIL:]}"
+
+
+def _tokens(text: str) -> list[str]:
+    text = text.lower()
+    if text.isascii():
+        return _TOKEN.findall(text)[:_MOST]
+    words = _glossary()
+    text = _japanese().sub(lambda match: f" {words[match.group()]} ", text)
+    return _in_english(_TOKEN.findall(text)[:_MOST])
 
 
 def _buckets(tokens: list[str]) -> frozenset[int]:
@@ -175,26 +186,29 @@ def _shape(text: str, tokens: list[str]) -> tuple[float, ...]:
 
 
 def _in_english(tokens: list[str]) -> list[str]:
-    """Return tokens with Russian and Japanese words that the glossary has replaced by English ones."""
-    words = _glossary()
-    joined, skip = [], 0
-    for at, token in enumerate(tokens):
-        if skip:
-            skip -= 1
-        elif token.isascii():
-            joined.append(token)
-        elif "\u3040" <= token[0] <= "\u9fff":
-            known = next((size for size in (6, 5, 4, 3, 2, 1) if "".join(tokens[at : at + size]) in words), 0)
-            joined += words["".join(tokens[at : at + known])] if known else [token]
-            skip = max(known - 1, 0)
-        else:
-            stems = (token, *(token[:size] for size in range(10, 4, -1)))
-            joined += next((words[stem] for stem in stems if stem in words), [token])
-    return joined
+    """Return tokens with each Russian word that the glossary has, by its stem, replaced by the English one."""
+    stems = _glossary()
+    return [token if token.isascii() or len(token) == 1 else _known(token, stems) for token in tokens]
+
+
+def _known(token: str, stems: dict[str, str]) -> str:
+    if token in stems:
+        return stems[token]
+    for size in range(_STEM, min(len(token), 10)):
+        if token[:size] in stems:
+            return stems[token[:size]]
+    return token
 
 
 @cache
-def _glossary() -> dict[str, list[str]]:
-    """Return the English words for each stem or word of the glossary."""
+def _glossary() -> dict[str, str]:
+    """Return the English word for each stem or word of the glossary."""
     lines = [line.partition(":") for line in _GLOSSARY.read_text("utf-8").splitlines() if not line.startswith("#")]
-    return {word.strip(): english.split() for english, _, words in lines for word in words.split(",")}
+    return {word.strip(): english for english, _, words in lines for word in words.split(",")}
+
+
+@cache
+def _japanese() -> re.Pattern[str]:
+    """Return a pattern of the glossary's Japanese words, which stand in a text without spaces."""
+    words = sorted((word for word in _glossary() if re.match(f"[{_CJK}]", word)), key=len, reverse=True)
+    return re.compile("|".join(words))
