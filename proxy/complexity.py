@@ -129,7 +129,7 @@ def read(prompt: str) -> Reading:
     text = unicodedata.normalize("NFKC", _ends(prompt))[: _HEAD + _TAIL + 1]
     text = _NUMBER.sub("0", _CHOICES.sub("", text).strip() or text)
     tokens = _tokens(text)
-    return Reading(_buckets(tokens), _shape(text, tokens))
+    return Reading(_buckets([token for token in tokens if token[0].isalpha()]), _shape(text, tokens))
 
 
 def norm(reading: Reading) -> float:

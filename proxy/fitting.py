@@ -24,6 +24,9 @@ _SHAPE_SCALE, _FREE_SCALE = 0.3, 3.0
 # Long prompts are harder in one set of prompts and easier in another. So length is fitted freely, that no word may
 # stand for it, and only half of what it explains is kept.
 _LENGTH_KEPT = 0.5
+# None of these makes a prompt easier. Labels may say so where answers were judged by a form that a solution in steps
+# does not keep to.
+_NEVER_EASIER = frozenset(("numbers", "number share", "operators", "brackets", "latex", "definition"))
 
 Vector = list[float]
 
@@ -94,6 +97,7 @@ def fit(
     words = dict(zip(design.buckets, solved, strict=False))
     rest = solved[len(words) :]
     shape = [value * scale for value, scale in zip(rest, scales, strict=False)]
+    shape = [max(0.0, x) if name in _NEVER_EASIER else x for name, x in zip(SHAPE, shape, strict=True)]
     shape[SHAPE.index("length")] *= _LENGTH_KEPT
     if start:
         words, shape = _added(words, shape, start, rest[-1] * _FREE_SCALE)
