@@ -27,7 +27,7 @@ STRONG = "llama-3.1-nemotron-51b-instruct"
 WEAK = "mistral-7b-instruct-v0.3"
 OTHERS = (*SMALL, STRONG, "llama-3.3-nemotron-super-49b-v1")
 SUBJECT_FOLDS = 8
-# What counts how much. GPT-4's answers to this subject were rarely recognised (3% right, where chance has 25%): it works
+# What counts how much. GPT-4's answers to this subject were rarely recognised (3% right; chance has 25%): it works
 # them out in steps. The other data sets are few prompts, but of other forms.
 FORM_FAULT, FAULTY_WEIGHT, OTHER_WEIGHT = "high_school_mathematics", 0.3, 2.0
 MIN_GAP = 0.03  # between the models' accuracies, to call one of them strong

@@ -27,7 +27,7 @@ _PAIR = 0x5BD1E995  # keeps the pair ("i", "t") apart from the word "it"
 
 # Of a long prompt only its ends are read: the task stands first or last.
 _HEAD, _TAIL = 1200, 800
-_MOST = 400  # words; more of them only where every sign is one
+_FIRST, _LAST = 240, 160  # words; more of them only where every sign is one
 _STEM = 5  # what the glossary has of fewer letters is a whole word
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -149,10 +149,14 @@ def _ends(prompt: str) -> str:
 def _tokens(text: str) -> list[str]:
     text = text.lower()
     if text.isascii():
-        return _TOKEN.findall(text)[:_MOST]
+        return _ends_of(_TOKEN.findall(text))
     words = _glossary()
     text = _japanese().sub(lambda match: f" {words[match.group()]} ", text)
-    return _in_english(_TOKEN.findall(text)[:_MOST])
+    return _in_english(_ends_of(_TOKEN.findall(text)))
+
+
+def _ends_of(tokens: list[str]) -> list[str]:
+    return tokens if len(tokens) <= _FIRST + _LAST else tokens[:_FIRST] + tokens[-_LAST:]
 
 
 def _buckets(tokens: list[str]) -> frozenset[int]:

@@ -55,7 +55,7 @@ def test_of_a_long_prompt_the_ends_are_read():
     start, end = "Solve this. ", " Why is it so?"
     one = complexity.read(start + "ab " * 5_000 + end)
     assert one.buckets == complexity.read(start + "ab " * 500_000 + end).buckets
-    assert one.buckets > complexity.read(end).buckets & one.buckets != frozenset()
+    assert complexity.read("solve").buckets | complexity.read("so").buckets < one.buckets
     assert one != complexity.read(start + "ab " * 5_000 + " List them.")
 
 
