@@ -6,7 +6,7 @@ whether the weak and the strong model were right: 1 or 0, or a part of it.
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar
+from typing import IO, Annotated, NamedTuple, TypeVar
 
 import click
 import msgspec
@@ -46,6 +46,8 @@ class Target(NamedTuple):
 
     def resolve(self) -> float:
         """Return the share of strong calls. Raises ConfigError where the target cannot be met."""
+        if self.cost is None and self.prices is not None:
+            raise ConfigError("--prices: goes with --cost only")
         if self.cost is None:
             return 0.5 if self.share is None else self.share
         if self.share is not None:
@@ -62,12 +64,9 @@ def print_scores(prompts: str, model: Path | None) -> None:
     """Print the complexity of each prompt of a file, `-` for stdin. Raises ConfigError that names the bad line."""
     chosen = complexity.load(model) if model else complexity.shipped()
     name = "stdin" if prompts == "-" else prompts
-    try:
-        with click.open_file(prompts, "rb") as file:
-            for row in _rows(file, name, Prompt):
-                click.echo(f"{chosen.score(row.prompt):.6f}")
-    except OSError as e:
-        raise ConfigError(f"{name}: {e.strerror}") from None
+    with _opened(prompts, name) as file:
+        for row in _rows(file, name, Prompt):
+            click.echo(f"{chosen.score(row.prompt):.6f}")
 
 
 def fit(labels: Path, out: Path, target: Target) -> None:
@@ -100,14 +99,18 @@ def _cross_validated(examples: list[Example]) -> list[float]:
 
 
 def _read(labels: Path) -> list[Label]:
-    try:
-        with labels.open("rb") as file:
-            rows = list(_rows(file, str(labels), Label))
-    except OSError as e:
-        raise ConfigError(f"{labels}: {e.strerror}") from None
+    with _opened(str(labels), str(labels)) as file:
+        rows = list(_rows(file, str(labels), Label))
     if len(rows) < FEWEST:
         raise ConfigError(f"{labels}: {len(rows)} labels; at least {FEWEST} are needed, and thousands are better")
     return rows
+
+
+def _opened(path: str, name: str) -> IO[bytes]:
+    try:
+        return click.open_file(path, "rb")
+    except OSError as e:
+        raise ConfigError(f"{name}: {e.strerror}") from None
 
 
 def _rows(lines: Iterable[bytes], name: str, kind: type[Row]) -> Iterator[Row]:

@@ -75,6 +75,7 @@ def test_a_fitted_model_scores_by_the_labels(route, labels, tmp_path):
         (["--cost", 0.5], "--prices WEAK STRONG"),
         (["--cost", 5, "--prices", 0.1, 1], "--cost: 5 is not within what calls cost, 0.1 to 1"),
         (["--cost", 5, "--strong-share", 0.1], "only one"),
+        (["--prices", 0.1, 1], "--prices: goes with --cost only"),
         (["--strong-share", 2], "--strong-share"),
     ],
 )
