@@ -45,6 +45,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"[\^=] ?[-\d(]|\d ?[+*/×÷] ?\d|\\(?:frac|int|sum|sqrt)|\$[^$]+\$",
         r"\b(?:solve|prove|comput(?:e|es|ing)|calculat\w+|equations?|integrals?|derivatives?|theorem|polynomial|"
         r"probabilit(?:y|ies)|matri(?:x|ces)|eigenvalues?|irrational|square root|geometry|algebra|modulo|factorial)\b",
+        r"\b(?:what is|find|determine) the (?:\w+ )?(?:sum|product|average|value|area|perimeter|volume|ratio|number|"
+        r"degree)\b|\bintegers?\b|\d.{0,200}\bhow (?:many|much|far|fast|old|long)\b",
         r"\b(?:реши\w*|вычисл\w+|посчита\w+|рассчита\w+|докаж\w+|доказат\w+|уравнени\w+|интеграл\w*|производн\w+|"
         r"теорем\w+|вероятност\w+|матриц\w+|корень из)",
         r"計算|数式|方程式|微分|積分|証明|確率|行列|解いて|合計|因数分解|平方根",
@@ -66,13 +68,14 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"法律|契約|規則|条項|著作権|民法|刑法|訴訟|裁判|弁護士|損害賠償|侵害|法的",
     ),
     "creative": (
-        r"\b(?:stor(?:y|ies)|poems?|haiku|novel|fairy ?tale|lyrics|screenplay|sonnet|limerick|fiction\w*|monologue|"
-        r"villain|protagonist|plot twist|song)\b",
+        r"\b(?:write|compose|invent|create|make up|tell|continue|give|draft)\b.{0,60}\b(?:stor(?:y|ies)|poems?|haiku|"
+        r"novel|fairy ?tale|lyrics|screenplay|sonnet|limerick|monologue|dialogue|song|plot)\b|"
+        r"\b(?:haiku|limerick|fan ?fiction)\b",
         r"\b(?:сочини\w*|стих\w*|рассказ(?:а|ик|ы)?\b|сказк\w+|поэм\w+|роман(?:а|е)?\b|придума\w+|сценари\w+|песн\w+)",
         r"物語|詩|小説|創作|俳句|短歌|歌詞|童話|脚本",
     ),
 }  # fmt: skip
-WEIGHTS = {"translation": 4, "classification": 3, "creative": 2}
+WEIGHTS = {"translation": 4, "classification": 3, "code": 2, "creative": 2}
 
 
 class Task(msgspec.Struct, frozen=True):
