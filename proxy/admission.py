@@ -89,9 +89,11 @@ class Admission:
     def __repr__(self) -> str:
         return f"<Admission {self._lines!r} {self._balancer!r}>"
 
-    def prompt(self, model: str, fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> Prompt | None:
+    def prompt(
+        self, model: str, fields: Mapping[str, bytes | msgspec.Raw], salt: str | None, size: int
+    ) -> Prompt | None:
         """See Balancer.prompt."""
-        return self._balancer.prompt(model, fields, salt)
+        return self._balancer.prompt(model, fields, salt, size)
 
     def pick(
         self, model: str, candidates: Sequence[C], prompt: Prompt | None = None, streamed: bool = True

@@ -255,7 +255,8 @@ class Walk:
         """Return the prompt as the balancer wants it, where there is a choice of endpoints."""
         if len(model.endpoints) < 2:
             return None
-        return self._ways.admission.prompt(model.name, self._asked.envelope.fields, self._asked.salt)
+        asked = self._asked
+        return self._ways.admission.prompt(model.name, asked.envelope.fields, asked.salt, len(asked.body))
 
     async def _queue(self, place: Place, prompt: Prompt | None) -> tuple[Standing, Lease]:
         """All that may be asked have as many requests as they may have: wait for one. Raises TooBusy."""

@@ -10,7 +10,6 @@ from proxy.balancer import prefixes
 from proxy.balancer.prefixes import PrefixTable
 
 TEXT = st.binary(max_size=4000)
-LONG = st.binary(min_size=2048, max_size=6000)
 ROOM = 1e9
 
 
@@ -22,7 +21,7 @@ def table(endpoints: int = 2) -> PrefixTable:
     return PrefixTable(memoryview(array("d", bytes(8 * PrefixTable.size(endpoints)))), endpoints)
 
 
-@given(LONG, TEXT, TEXT)
+@given(TEXT, TEXT, TEXT)
 def test_prompts_share_marks_as_far_as_they_share_blocks(common, one, other):
     a, b = read(common + one), read(common + other)
     shared = sum(x == y for x, y in zip(a.marks, b.marks, strict=False))
@@ -31,7 +30,7 @@ def test_prompts_share_marks_as_far_as_they_share_blocks(common, one, other):
         assert a.marks[:shared] == read(common).marks[:shared]
 
 
-@given(LONG, st.binary(min_size=1, max_size=10))
+@given(TEXT, st.binary(min_size=1, max_size=10))
 def test_a_change_at_the_start_changes_every_mark(text, before):
     a, b = read(text), read(before + text)
     if not text.startswith(before):
@@ -40,25 +39,21 @@ def test_a_change_at_the_start_changes_every_mark(text, before):
 
 def test_a_long_prompt_has_few_marks():
     assert len(read(b"x" * 100 * 1024).marks) < 60
-    assert len(read(b"x" * 2048).marks) == 8
-
-
-def test_a_short_prompt_has_none():
-    assert read(b"x" * 2000) == prefixes.Prompt(2000, ())
+    assert len(read(b"x" * 1024).marks) == 4
 
 
 @pytest.mark.parametrize("field", ["tools", "system", "instructions", "prompt", "input"])
 def test_every_field_that_makes_the_prompt_counts(field):
-    assert read(b"x" * 3000, **{field: b"y" * 300}).marks != read(b"x" * 3000).marks
+    assert read(b"x" * 1000, **{field: b"y" * 300}).marks != read(b"x" * 1000).marks
 
 
 @pytest.mark.parametrize("field", ["temperature", "max_tokens", "user", "stream"])
 def test_no_other_field_does(field):
-    assert read(b"x" * 3000, **{field: b"1"}) == read(b"x" * 3000)
+    assert read(b"x" * 1000, **{field: b"1"}) == read(b"x" * 1000)
 
 
 def test_equal_text_of_two_tenants_is_not_shared():
-    text = {"messages": b"x" * 3000}
+    text = {"messages": b"x" * 1000}
     assert not set(prefixes.read(text, "a").marks) & set(prefixes.read(text, "b").marks)
     assert not set(prefixes.read({**text, "cache_salt": b'"u"'}, "a").marks) & set(prefixes.read(text, "a").marks)
 

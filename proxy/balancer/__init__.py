@@ -29,6 +29,7 @@ from proxy.config import Balance
 
 __all__ = ["Ask", "Balancer", "Board", "Candidate", "Lease", "Load", "Prompt"]
 
+_SHORT = 2048  # bytes of a request whose prompt is computed so soon that it does not matter where its start is cached
 _LOOK = 0.25  # seconds between two looks at what was learned
 
 
@@ -68,6 +69,7 @@ class _Group:
             load.rated = policy == "adaptive"
         self.everything = list(self.loads.values())
         self.only = self.everything[0] if len(self.everything) == 1 else None
+        self.nothing = [0.0] * len(self.everything)
         self.number = 0
         self._unseen: list[tuple[float, int, Lease]] = []
         self._seen = [Seen() for _ in names]
@@ -144,9 +146,14 @@ class Balancer:
         """Return what is under way at each endpoint of a model."""
         return self._groups[model].everything
 
-    def prompt(self, model: str, fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> Prompt | None:
-        """Return the prompt of a request as `pick` wants it: None where it makes no difference, at no cost."""
-        return None if self._groups[model].table is None else prefixes.read(fields, salt)
+    def prompt(
+        self, model: str, fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None, size: int = _SHORT
+    ) -> Prompt | None:
+        """Return the prompt of a request as `pick` wants it: None where it makes no difference, at no cost.
+
+        size: of the whole request in bytes.
+        """
+        return None if size < _SHORT or self._groups[model].table is None else prefixes.read(fields, salt)
 
     def pick(
         self, model: str, candidates: Sequence[C], prompt: Prompt | None, now: float, streamed: bool = True
@@ -164,7 +171,7 @@ class Balancer:
         if not able:
             return None
         if prompt is None or group.table is None:
-            i = self._choose(group.policy, able, loads, now)
+            i = self._choose(group, able, loads, now)
             return able[i], loads[i].lease(None, now, group.number)
         i, ask = self._predict(group, loads, prompt, now, streamed=streamed)
         lease = loads[i].lease(ask, now, group.number)
@@ -189,7 +196,11 @@ class Balancer:
         """Take what the engine behind an endpoint says of itself, None if nothing. One worker does so for all."""
         self._groups[model].told(endpoint, said)
 
-    def _choose(self, policy: Balance, able: Sequence[Candidate], loads: Sequence[Load], now: float) -> int:
+    def _choose(self, group: _Group, able: Sequence[Candidate], loads: Sequence[Load], now: float) -> int:
+        policy = group.policy
+        if policy == "predicted_ttft":
+            group.expire(now)
+            return policies.predicted_ttft(loads, group.nothing, self._chance)
         if policy == "round_robin":
             return policies.round_robin(loads)
         if policy == "weighted_random":
@@ -205,14 +216,9 @@ class Balancer:
         table, all_loads = group.table, group.everything
         assert table is not None
         group.expire(now)
+        found = table.found(prompt, [load.clock - load.capacity for load in all_loads])
         per_byte, size = group.scale.tokens_per_byte, prompt.size
         whole, each = size * per_byte, prompt.share * per_byte
-        if not prompt.marks:
-            uncached = [whole] * len(loads)
-            i = policies.predicted_ttft(loads, uncached, self._chance)
-            loads[i].advance(size)
-            return i, Ask(size, whole, whole, streamed)
-        found = table.found(prompt, [load.clock - load.capacity for load in all_loads])
         uncached = [whole - load.trust * each * found[load.index] for load in loads]
         i = policies.predicted_ttft(loads, uncached, self._chance)
         load = loads[i]

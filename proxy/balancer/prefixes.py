@@ -17,7 +17,6 @@ import msgspec
 
 _SMALLEST = 256  # bytes of a block
 _SHARE = 8
-_SHORT = 2048  # bytes of a prompt that is computed so soon that it does not matter where its beginning is cached
 _LONGEST = 8 * 1024 * 1024  # bytes; what is behind is taken for new
 
 # The fields of a request that make its prompt, in the order in which templates render them.
@@ -41,8 +40,7 @@ _SPANS = tuple(pairwise((0, *_ENDS)))
 class Prompt(msgspec.Struct, frozen=True):
     """The prompt of a request.
 
-    size: in bytes, a picture counted as what it makes the model read. marks: of each whole block, first to last; none
-    of a short prompt.
+    size: in bytes, a picture counted as what it makes the model read. marks: of each whole block, first to last.
     share: what a byte of the text counts for, less than 1.0 where pictures are in it.
     """
 
@@ -54,10 +52,8 @@ class Prompt(msgspec.Struct, frozen=True):
 def read(fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> Prompt:
     """Return the prompt that the fields of a request make. Equal text under another salt, ours or the client's, has
     other marks, as engines keep it apart."""
-    parts = [memoryview(fields[name]) for name in _FIELDS if name in fields]
-    if (size := sum(map(len, parts))) < _SHORT:
-        return Prompt(size, ())
-    text = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+    parts = [bytes(fields[name]) for name in _FIELDS if name in fields]
+    text = parts[0] if len(parts) == 1 else b"".join(parts)
     mark = crc32(salt.encode()) if salt else 0
     if "cache_salt" in fields:
         mark = crc32(bytes(fields["cache_salt"]), mark)
