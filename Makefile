@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-start bench-overhead bench-endurance bench-balance serve test lint types schema lock clean
+.PHONY: help setup bench-start bench-overhead bench-endurance bench-balance bench-routing serve test lint types schema lock clean
 
 help: ## Show what there is
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ bench-overhead: setup ## Measure CPU, latency and memory beside other proxies (A
 
 bench-endurance: setup ## Measure memory over a million requests, with slow clients, and the start (ARGS="--only slow")
 	$(BIN)/python -m benchmarks.endurance $(ARGS)
+
+bench-routing: setup ## Measure the model of complexity on labelled prompts (ARGS="--data ../shared/data")
+	$(BIN)/python -m benchmarks.routing $(ARGS)
 
 bench-balance: setup ## Compare balancing policies on traces (ARGS="--traces FOLDER --quick")
 	$(BIN)/python -m benchmarks.balancing $(ARGS)

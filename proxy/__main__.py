@@ -155,6 +155,48 @@ def endpoints(as_json: bool, state_dir: Path | None, data_dir: Path | None) -> N
         show_endpoints(report)
 
 
+@main.group(invoke_without_command=True)
+@click.option(
+    "--score", metavar="PROMPTS", help="Print the complexity, 0 to 1, of each prompt of this file; - for stdin."
+)
+@click.option("--model", type=click.Path(path_type=Path), help="A model made by `fit` [default: the one shipped].")
+@click.pass_context
+def route(context: click.Context, score: str | None, model: Path | None) -> None:
+    """See how hard prompts are, and learn it from your own labels. Needs no server.
+
+    PROMPTS has a JSON object a line, with the text under `prompt`.
+    """
+    if context.invoked_subcommand is not None:
+        if score is not None or model is not None:
+            raise click.UsageError("--score and --model do not go with a subcommand")
+        return
+    if score is None:
+        raise click.UsageError("give --score PROMPTS, or a subcommand")
+    from proxy import scoring
+
+    _finish(lambda: scoring.print_scores(score, model))
+
+
+@route.command("fit")
+@click.argument("labels", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default="complexity.json", show_default=True)
+@click.option(
+    "--strong-share", type=click.FloatRange(0, 1), help="Share of strong calls to calibrate for [default: 0.5]."
+)
+@click.option("--cost", type=float, help="Or what a call may cost in the mean; needs --prices.")
+@click.option("--prices", type=(float, float), metavar="WEAK STRONG", help="What a call of each model costs.")
+def fit_route(
+    labels: Path, out: Path, strong_share: float | None, cost: float | None, prices: tuple[float, float] | None
+) -> None:
+    """Fit the model of complexity to your LABELS, and calibrate the threshold for strong calls.
+
+    LABELS has a JSON object a line: `prompt`, and `weak` and `strong`, 1 where that model was right and 0 where not.
+    """
+    from proxy import scoring
+
+    _finish(lambda: scoring.fit(labels, out, scoring.Target(strong_share, cost, prices)))
+
+
 def default_config() -> Path:
     """Return the configuration to use when none is named."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")

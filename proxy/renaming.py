@@ -5,7 +5,7 @@ import re
 from proxy import sse, wire
 
 # The beginning of an event up to the end of its model, where no object or list opens before it.
-_BEGINNING = re.compile(rb'data: ?\{(?:[^][{}"\\]|"(?:[^"\\]|\\.)*+")*?"model"\s*:\s*"(?P<name>(?:[^"\\]|\\.)*+)"')
+_BEGINNING = re.compile(rb'data: ?\{(?:[^][{}"\\]|"(?:[^"\\{]|\\.)*+")*?"model"\s*:\s*"(?P<name>(?:[^"\\]|\\.)*+)"')
 _LONGEST = 1024  # bytes of a beginning
 
 

@@ -1,0 +1,161 @@
+"""What kind of task a prompt is: patterns as data, in English, Russian and Japanese. Pure.
+
+The task of which most different matches are found wins, each counting its task's weight; of equals the first in the
+table. What asks for a thing to be done (translate, classify) weighs more than a subject that is spoken of.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from proxy.errors import ConfigError
+
+GENERAL = "general"
+MAX_TASKS, MAX_PATTERNS, MAX_LENGTH = 32, 64, 500
+# Only the ends of a long text are read, and of many matches a few.
+_HEAD, _TAIL, _ENOUGH = 1000, 500, 8
+
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "translation": (
+        r"\b(?:translat(?:e|ed|ing|ion)|how (?:do|would|can) (?:you|i|we) say)\b",
+        r"\b(?:перевед\w*|перевести|перевод\w* (?:на|с|эт\w+|текст\w*)|как (?:будет|сказать) по-\w+)",
+        r"翻訳|和訳|英訳|(?:語|文)[にへ]訳|訳して|訳せ",
+    ),
+    "classification": (
+        r"\b(?:classif(?:y|ication)|categori[sz]e|sentiment|label (?:each|the|these|this|it)|spam|"
+        r"(?:which|what) (?:category|class|label)\b)",
+        r"\b(?:классифиц\w+|тональност\w*|как\w+ категори\w+|отнеси к|спам\w*)",
+        r"分類|カテゴリ|判定|ポジティブ|ネガティブ|スパム|ラベル",
+    ),
+    "code": (
+        r"```|\b(?:def \w+\(|class \w+[:({]|import \w+|select .{1,80} from\b|for \w+ in \w+\()|#include|"
+        r"\(\w*\);|exception\b",
+        r"\b(?:python|java(?:script)?|typescript|c\+\+|c#|rust|golang|sql|html|css|bash|regex|docker\w*|kubernetes|git|"
+        r"api|json|yaml|react|node\.js|django|numpy|pandas|compiler?|debug\w*|refactor\w*|source code|codebase|"
+        r"programm(?:e|ing)|algorithm|unit tests?|stack ?trace|segmentation fault|pull request)\b",
+        r"\b(?:write|implement|fix|review|optimi[sz]e|test|call)\b.{0,40}\b(?:function|class|code|script|method|program)\b",
+        r"\b(?:код(?:а|е|ом|у)?|функци\w+ на|программ(?:а|у|ы|ный|ировани\w+)|скрипт\w*|алгоритм\w*|компилятор\w*|"
+        r"отлад\w+|рефактор\w+|баг(?:а|и|ов)?)\b",
+        r"コード|プログラム|関数を|実装|バグ|デバッグ|スクリプト|アルゴリズム|コンパイル|コミット",
+    ),
+    "math": (
+        r"[\^=] ?[-\d(]|\d ?[+*/×÷] ?\d|\\(?:frac|int|sum|sqrt)|\$[^$]+\$",
+        r"\b(?:solve|prove|comput(?:e|es|ing)|calculat\w+|equations?|integrals?|derivatives?|theorem|polynomial|"
+        r"probabilit(?:y|ies)|matri(?:x|ces)|eigenvalues?|irrational|square root|geometry|algebra|modulo|factorial)\b",
+        r"\b(?:what is|find|determine) the (?:\w+ )?(?:sum|product|average|value|area|perimeter|volume|ratio|number|"
+        r"degree)\b|\bintegers?\b|\d.{0,200}\bhow (?:many|much|far|fast|old|long)\b",
+        r"\b(?:реши\w*|вычисл\w+|посчита\w+|рассчита\w+|докаж\w+|доказат\w+|уравнени\w+|интеграл\w*|производн\w+|"
+        r"теорем\w+|вероятност\w+|матриц\w+|корень из)",
+        r"計算|数式|方程式|微分|積分|証明|確率|行列|解いて|合計|因数分解|平方根",
+    ),
+    "medical": (
+        r"\b(?:symptoms?|diagnos\w+|treatments?|treated|disease|patients?|doctor|medicines?|medications?|dos(?:e|age)|"
+        r"ibuprofen|aspirin|antibiotics?|warfarin|insulin|blood pressure|cancer|diabetes|anemia|asthma|infection|"
+        r"surgery|vaccin\w+|side effects?|pregnan\w+|clinical)\b",
+        r"\b(?:симптом\w*|диагно\w+|лечени\w+|лечит\w*|болезн\w+|врач\w*|лекарств\w+|таблет\w+|парацетамол\w*|"
+        r"антибиотик\w*|давлени\w+|беременн\w+|пневмони\w+|гастрит\w*|диабет\w*|пациент\w*|побочн\w+)",
+        r"症状|診断|医療|治療|薬|病気|副作用|血圧|患者|手術|感染|ワクチン|糖尿病|医師",
+    ),
+    "legal": (
+        r"\b(?:law(?:s|suit|yer)?|legal(?:ly)?|contracts?|clauses?|lease|landlord|tenant|court|sue|plaintiff|defendant|"
+        r"statut\w+|liab(?:le|ility)|felony|misdemeanor|copyright|non-disclosure|attorney|gdpr|breach)\b",
+        r"\b(?:стать(?:я|и|е|ю|ёй|ей) \d+|ук рф|гк рф|тк рф|коап|договор\w*|закон(?:а|у|ом|е|ы|ов|но)?\b|"
+        r"иск(?:а|ом|овое)?\b|суд(?:а|е|у|ом|ебн\w+)?\b|юрис\w+|ответственност\w+|расторг\w+|работодател\w+|наследств\w+|"
+        r"прав[ао] собственности)",
+        r"法律|契約|規則|条項|著作権|民法|刑法|訴訟|裁判|弁護士|損害賠償|侵害|法的",
+    ),
+    "creative": (
+        r"\b(?:write|compose|invent|create|make up|tell|continue|give|draft)\b.{0,60}\b(?:stor(?:y|ies)|poems?|haiku|"
+        r"novel|fairy ?tale|lyrics|screenplay|sonnet|limerick|monologue|dialogue|song|plot)\b|"
+        r"\b(?:haiku|limerick|fan ?fiction)\b",
+        r"\b(?:сочини\w*|стих\w*|рассказ(?:а|ик|ы)?\b|сказк\w+|поэм\w+|роман(?:а|е)?\b|придума\w+|сценари\w+|песн\w+)",
+        r"物語|詩|小説|創作|俳句|短歌|歌詞|童話|脚本",
+    ),
+}  # fmt: skip
+WEIGHTS = {"translation": 4, "classification": 3, "code": 2, "creative": 2}
+
+
+class Task(msgspec.Struct, frozen=True):
+    """A kind of task and what it is known by. weight: what one match counts."""
+
+    name: str
+    patterns: tuple[re.Pattern[str], ...]
+    weight: int = 1
+
+
+def tasks(extra: Mapping[str, Sequence[str]] | None = None) -> tuple[Task, ...]:
+    """Return the table of tasks: the shipped patterns and, after them, those of `extra` by task.
+
+    New names are new tasks, which come last. Raises ConfigError that names the pattern which is no good.
+    """
+    extra = extra or {}
+    if len(extra) > MAX_TASKS:
+        raise ConfigError(f"tasks: {len(extra)} tasks; at most {MAX_TASKS} may be given")
+    if GENERAL in extra:
+        raise ConfigError(f"tasks.{GENERAL}: has no patterns: it is what matches nothing else")
+    return tuple(
+        Task(
+            name, (*map(re.compile, PATTERNS.get(name, ())), *_checked(name, extra.get(name, ()))), WEIGHTS.get(name, 1)
+        )
+        for name in {**PATTERNS, **extra}
+    )
+
+
+def classify(text: str, table: Iterable[Task]) -> str:
+    """Return the name of the task that a text asks for, `general` where no pattern matches."""
+    ends = text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]}\n{text[-_TAIL:]}"
+    text = unicodedata.normalize("NFKC", ends).lower()
+    best, most = GENERAL, 0
+    for task in table:
+        score = task.weight * _matches(text, task)
+        if score > most:
+            best, most = task.name, score
+    return best
+
+
+def last_user_text(messages: Iterable[Mapping[str, Any]]) -> str:
+    """Return the text of the last turn of the user; what system, assistant and tools say is left out."""
+    content: Any = ""
+    for message in messages:
+        if message.get("role") == "user":
+            content = message.get("content")
+    if isinstance(content, list):
+        parts = (part.get("text") for part in content if isinstance(part, Mapping))
+        return "\n".join(text for text in parts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+def _matches(text: str, task: Task) -> int:
+    """Return how many different texts the patterns of a task match."""
+    found: set[str] = set()
+    for pattern in task.patterns:
+        for match in pattern.finditer(text):
+            found.add(match.group())
+            if len(found) == _ENOUGH:
+                return _ENOUGH
+    return len(found)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+def _checked(name: str, patterns: Sequence[str]) -> tuple[re.Pattern[str], ...]:
+    if len(patterns) > MAX_PATTERNS:
+        raise ConfigError(f"tasks.{name}: {len(patterns)} patterns; at most {MAX_PATTERNS} may be given")
+    return tuple(_checked_pattern(f"tasks.{name}[{i}]", pattern) for i, pattern in enumerate(patterns))
+
+
+def _checked_pattern(where: str, pattern: str) -> re.Pattern[str]:
+    if len(pattern) > MAX_LENGTH:
+        raise ConfigError(f"{where}: {len(pattern)} characters; a pattern may have at most {MAX_LENGTH}")
+    try:
+        compiled = _compile(pattern)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise ConfigError(f"{where}: not a regular expression: {e}") from None
+    if compiled.search(""):
+        raise ConfigError(f"{where}: matches the empty text, so every prompt would be of this task")
+    return compiled

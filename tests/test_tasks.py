@@ -1,0 +1,79 @@
+"""Telling tasks apart."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import tasks
+from proxy.errors import ConfigError
+from tests.labelled_tasks import LABELLED, TRICKY
+
+TABLE = tasks.tasks()
+
+
+@pytest.mark.parametrize("task", LABELLED)
+def test_most_prompts_are_given_the_task_that_a_reader_gives_them(task):
+    right = [tasks.classify(prompt, TABLE) == task for prompt in LABELLED[task]]
+    assert sum(right) / len(right) >= 0.85
+
+
+@pytest.mark.parametrize(("task", "prompt"), TRICKY)
+def test_words_of_one_task_inside_another_do_not_mislead(task, prompt):
+    assert tasks.classify(prompt, TABLE) == task
+
+
+@given(st.text(max_size=3000))
+def test_any_text_has_a_task(text):
+    assert tasks.classify(text, TABLE) in {*tasks.PATTERNS, tasks.GENERAL}
+
+
+def test_the_case_of_letters_and_their_width_do_not_matter():
+    assert tasks.classify("TRANSLATE THIS", TABLE) == "translation"
+    assert tasks.classify("ПЕРЕВЕДИ НА АНГЛИЙСКИЙ", TABLE) == "translation"
+    assert tasks.classify("ｔｒａｎｓｌａｔｅ", TABLE) == "translation"
+
+
+def test_a_configured_pattern_adds_to_a_shipped_task_and_a_new_name_is_a_new_task():
+    table = tasks.tasks({"legal": ["Mietrecht"], "cooking": [r"\brecipe\b", "レシピ"]})
+    assert tasks.classify("Eine Frage zum mietrecht", table) == "legal"
+    assert tasks.classify("A recipe for borscht", table) == "cooking"
+    assert tasks.classify("What about my landlord?", table) == "legal"
+    assert tasks.classify("A recipe for borscht", TABLE) == "general"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"code": ["fine", "(unclosed"]}, r"tasks\.code\[1\]: not a regular expression: .*position 0"),
+        ({"code": ["a*"]}, r"tasks\.code\[0\]: matches the empty text"),
+        ({"code": ["x" * 501]}, r"tasks\.code\[0\]: 501 characters; .* at most 500"),
+        ({"code": ["x"] * 65}, r"tasks\.code: 65 patterns; at most 64"),
+        ({"general": ["x"]}, r"tasks\.general: has no patterns"),
+        ({f"t{i}": ["x"] for i in range(33)}, r"tasks: 33 tasks; at most 32"),
+    ],
+)
+def test_a_pattern_that_is_no_good_is_refused_by_name(extra, message):
+    with pytest.raises(ConfigError, match=message):
+        tasks.tasks(extra)
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([], ""),
+        ([{"role": "system", "content": "You write Python."}, {"role": "user", "content": "Hi"}], "Hi"),
+        (
+            [
+                {"role": "user", "content": "first"},
+                {"role": "assistant", "content": None, "tool_calls": []},
+                {"role": "tool", "content": "def noise():"},
+            ],
+            "first",
+        ),
+        ([{"role": "user", "content": "first"}, {"role": "user", "content": "second"}], "second"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}, {"text": "b"}]}], "a\nb"),
+        ([{"role": "user", "content": 5}], ""),
+    ],
+)
+def test_the_task_is_read_from_the_last_turn_of_the_user(messages, text):
+    assert tasks.last_user_text(messages) == text
