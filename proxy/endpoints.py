@@ -20,29 +20,20 @@ Opened = Callable[[Endpoint, Breaker], None]
 class Standing:
     """How one endpoint stands."""
 
-    __slots__ = ("breaker", "endpoint")
+    __slots__ = ("breaker", "endpoint", "max_in_flight", "name", "weight")
 
     def __init__(self, endpoint: Endpoint, breaker: Breaker) -> None:
         # All mutable state is what it holds; the endpoint is as the newest registry has it.
-        self.endpoint = endpoint
         self.breaker = breaker
+        self.renew(endpoint)
 
     def __repr__(self) -> str:
-        return f"<Standing {self.endpoint.name} {self.breaker!r}>"
+        return f"<Standing {self.name} {self.breaker!r}>"
 
-    # What the balancer wants to know of it.
-
-    @property
-    def name(self) -> str:
-        return self.endpoint.name
-
-    @property
-    def weight(self) -> float:
-        return self.endpoint.weight
-
-    @property
-    def max_in_flight(self) -> int | None:
-        return self.endpoint.max_in_flight
+    def renew(self, endpoint: Endpoint) -> None:
+        """Take the endpoint as it is now; what the balancer asks for is at hand."""
+        self.endpoint = endpoint
+        self.name, self.weight, self.max_in_flight = endpoint.name, endpoint.weight, endpoint.max_in_flight
 
 
 class _Ready(NamedTuple):
@@ -119,7 +110,7 @@ class Endpoints:
             standing = self._standings[endpoint.name] = Standing(endpoint, breaker)
         elif standing.endpoint.since != endpoint.since:
             standing.breaker.renew()
-        standing.endpoint = endpoint
+        standing.renew(endpoint)
         return standing
 
     def _changed(self, name: str, change: Change) -> None:

@@ -169,7 +169,8 @@ class Turn:
             all_headers.append((b"connection", b"close"))
         self._head = heads.encode(status, all_headers)
         self.begun = True
-        self._connection.loop.call_soon(self._flush)
+        if self._missing is None:  # where the length is known the body is there as well
+            self._connection.loop.call_soon(self._flush)
 
     def _framing(self, status: int, headers: Headers) -> Headers:
         """Decide how the client knows where the body ends, and return the header that says so if there is none yet."""
