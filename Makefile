@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-start bench-overhead bench-endurance bench-balance bench-routing serve test lint types schema lock clean
+.PHONY: help setup bench-start bench-overhead bench-endurance bench-balance bench-routing chaos serve test lint types schema lock clean
 
 help: ## Show what there is
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench-routing: setup ## Measure the model of complexity on labelled prompts (ARG
 
 bench-balance: setup ## Compare balancing policies on traces (ARGS="--traces FOLDER --quick")
 	$(BIN)/python -m benchmarks.balancing $(ARGS)
+
+chaos: setup ## Ask two real engines for five minutes while they are killed, stopped, cut off (ARGS="--seconds 60 --seed 3")
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 serve: setup ## Run a small model and the proxy on 127.0.0.1:8000 (more options: make serve ARGS="--port 9000")
 	@exec $(BIN)/polyvox serve $(ARGS)

@@ -229,13 +229,13 @@ class Walk:
             raise Cut from error
         if continuation and (end := continuation.finish()) is not None:  # 2
             return rest + reply.finish(end), False
-        if continuation and said.elsewhere and await self._resume(reply, continuation):  # 3
+        if continuation and said.elsewhere and await self._resume(reply, continuation, said):  # 3
             return rest, True
         self._exchange.fail(error)  # 4
         return rest + sse.error_event(upstream_failure(error).envelope()), False
 
-    async def _resume(self, reply: Reply, continuation: Continuation) -> bool:
-        """Have another endpoint go on with a stream; say whether one does."""
+    async def _resume(self, reply: Reply, continuation: Continuation, broken: Verdict) -> bool:
+        """Have another endpoint go on with a stream, or the same after a moment; say whether one does."""
         body = self._asked.body
         resumed = continuation.resume(body)
         self._breaks += 1
@@ -244,7 +244,7 @@ class Walk:
         self._route.must_continue = resumed is not body and self._asked.path != COMPLETIONS
         if reply.has_moved:  # those that failed before are as good as any
             assert self._endpoint
-            self._route.begin_anew(self._endpoint)
+            self._route.begin_anew(self._endpoint, again=broken.again)
         elif not self._may_go_on(failures.BUSY):
             return False
         while place := self._route.find() or await self._later():

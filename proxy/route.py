@@ -117,9 +117,10 @@ class Route:
         if again and self._again is not None:
             self._again |= keys
 
-    def begin_anew(self, broken: Endpoint) -> None:
-        """What was tried before is as good as any, but for one that has just broken."""
-        self._tried, self._again, self._waited = frozenset((_key(broken),)), _NONE, False
+    def begin_anew(self, broken: Endpoint, *, again: bool) -> None:
+        """What was tried before is as good as any, but for one that has just broken. again: so may that be, later."""
+        self._tried, self._waited = frozenset((_key(broken),)), False
+        self._again = self._tried if again else _NONE
 
     def is_too_long_for(self, model: Model) -> bool:
         """Say whether the prompt may be too long for a model; if so, only longer ones are found from now on."""

@@ -227,6 +227,38 @@ def test_a_stream_that_breaks_again_and_again_goes_on_between_two_replicas():
     run(tell())
 
 
+def test_a_stream_that_is_cut_at_the_only_endpoint_that_works_goes_on_there():
+    plays = [
+        [*streamed(ROLE, event(content="a"), end=False), Step.RESET],
+        [*streamed(ROLE, event(content="b"), end=False), Step.CLOSE],
+        streamed(*events("c")),
+    ]
+
+    async def tell() -> None:
+        async with upstream(*plays) as b:
+            models = {"m": model(f"http://127.0.0.1:{free_port()}"), "n": model(b.address)}
+            async with proxying(Config(models=models, fallbacks={"m": ("n",)})) as proxy:
+                answer = await proxy.ask(stream=True)
+                assert text_of(answer.text) == "abc"
+
+    run(tell())
+
+
+def test_a_stream_that_is_cut_at_once_wherever_it_goes_on_ends_in_an_error():
+    plays = [[*streamed(ROLE, event(content="a"), end=False), Step.RESET], *[[HEAD, Step.RESET]] * 20]
+
+    async def tell() -> None:
+        async with upstream(*plays) as b:
+            models = {"m": model(f"http://127.0.0.1:{free_port()}"), "n": model(b.address)}
+            async with proxying(Config(models=models, fallbacks={"m": ("n",)})) as proxy:
+                answer = await proxy.ask(stream=True)
+                assert '"error"' in answer.text
+                assert "[DONE]" not in answer.text
+                assert len(b.requests) <= 3
+
+    run(tell())
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_bytes_that_come_one_by_one_make_the_same_answer(stream):
     whole = b"".join(part for part in either(stream, "Grü", "ße 😀") if isinstance(part, bytes))
