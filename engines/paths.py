@@ -14,7 +14,7 @@ _SOCKET_PATH_LIMIT = 100  # sun_path holds 108 bytes on Linux; leave room for th
 class StatePaths(msgspec.Struct, frozen=True):
     """Folders of one server. data: environments and weights, large, may be shared by several servers.
 
-    logs, run: the logs, sockets and the lock of this server alone.
+    logs, run, ledger: the logs, sockets and the lock, and the ledger of requests of this server alone.
     """
 
     data: Path
@@ -37,6 +37,10 @@ class StatePaths(msgspec.Struct, frozen=True):
     @property
     def weights(self) -> Path:
         return self.data / "weights"
+
+    @property
+    def ledger(self) -> Path:
+        return self.logs.parent / "ledger"
 
     @property
     def control_socket(self) -> Path:

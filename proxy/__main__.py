@@ -197,6 +197,33 @@ def fit_route(
     _finish(lambda: scoring.fit(labels, out, scoring.Target(strong_share, cost, prices)))
 
 
+@main.command()
+@click.option("--config", "-c", type=click.Path(path_type=Path), envvar="POLYVOX_CONFIG", help="Configuration file.")
+@click.option("--since", default="", help="A day (2026-01-31), a time, or how long ago (24h, 7d).")
+@click.option("--until", default="", help="The same; what is later is left out.")
+@click.option("--by", default="model", type=click.Choice(("model", "key", "alias", "day")), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, as GET /v1/usage does.")
+@_state_options
+def usage(
+    config: Path | None,
+    since: str,
+    until: str,
+    by: str,
+    as_json: bool,
+    state_dir: Path | None,
+    data_dir: Path | None,
+) -> None:
+    """Report requests, tokens and USD from the ledger, and what they would have cost on the most expensive model.
+
+    The server need not run. Requests reach the ledger within a few seconds.
+    """
+    from proxy import reporting
+
+    asked = {"since": since, "until": until, "group_by": by}
+    paths = StatePaths.resolve(state_dir, data_dir)
+    _finish(lambda: reporting.main(config or default_config(), os.environ, paths, asked, as_json=as_json))
+
+
 def default_config() -> Path:
     """Return the configuration to use when none is named."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")

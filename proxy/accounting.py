@@ -6,12 +6,13 @@ document its end. Where a client did not ask for usage in a stream, we ask for i
 
 import json
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Protocol
 
 import msgspec
 
 from proxy import sse
-from proxy.errors import ErrorEvent
+from proxy.errors import BadRequest, ErrorEvent
 
 FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter", "error", "abort", "other", "none")
 
@@ -105,6 +106,7 @@ class _Part(msgspec.Struct, frozen=True, gc=False):
 
 _decode = msgspec.json.Decoder(_Part).decode
 _encode = msgspec.json.encode
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Tally:
@@ -180,7 +182,7 @@ class StreamAccount:
     """An event stream. Whole events pass on; with hide_usage, without the usage that only we asked for.
 
     first_token: bytes that the event of the first token has, and none before it. errors_end: an event that tells of an
-    error does not pass, but raises ErrorEvent.
+    error does not pass, but raises ErrorEvent. cost: what usage costs, to be added to it as `cost`, in USD.
 
     vLLM says `system_fingerprint` in the last event of a client that does not ask for usage, and in the usage event of
     one that does. So events that end a choice are kept until another comes, which after the last follows at once, and
@@ -188,9 +190,17 @@ class StreamAccount:
     passes without.) Other servers say `"usage":null` in each event of those who ask.
     """
 
-    def __init__(self, *, hide_usage: bool = False, first_token: bytes = b"", errors_end: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        hide_usage: bool = False,
+        first_token: bytes = b"",
+        errors_end: bool = False,
+        cost: Callable[[Usage], float | None] | None = None,
+    ) -> None:
         self._first_token = first_token
         self._errors_end = errors_end
+        self._cost = cost
         # All mutable state: whether usage is hidden, which another endpoint may change; the incomplete event, those
         # that are kept, and what was read.
         self.hide_usage = hide_usage
@@ -256,6 +266,8 @@ class StreamAccount:
         if self._errors_end and part.tells_of_error():
             raise ErrorEvent(sse.data_of(event))
         self.tally.add(part)
+        if self._cost is not None and part.usage is not None and (usage := self.tally.usage):
+            event = _with_cost(event, self._cost(usage))
         if not self.hide_usage:
             return event
         if part.is_usage_alone():
@@ -304,6 +316,18 @@ def _with_fingerprint(event: bytes, fingerprint: str) -> bytes:
     if at < 0 or b'"system_fingerprint"' in event:
         return event
     return event[:at] + b',"system_fingerprint":' + _encode(fingerprint) + event[at:]
+
+
+def _with_cost(event: bytes, usd: float | None) -> bytes:
+    def add(document: bytes) -> bytes:
+        try:
+            fields = _decode_object(document)
+        except msgspec.DecodeError:  # it goes on in the next line
+            return document
+        fields["usage"] = msgspec.Raw(_encode({**_decode_object(fields["usage"]), "cost": usd}))
+        return _encode(fields)
+
+    return sse.map_data(event, add)
 
 
 _WHOLE = 64 * 1024  # bytes; larger documents are mostly vectors, and have their usage at the end
@@ -394,7 +418,6 @@ class NoAccount:
 
 # Asking
 
-_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _ASK = b'"stream_options":{"include_usage":true},'
 
 
@@ -413,6 +436,22 @@ def ask_usage(body: bytes, stream_options: bytes) -> bytes | None:
     # Without usage an engine gives no continuous usage either; with it, it would.
     ask = {**options, "include_usage": True, "continuous_usage_stats": False}
     return _encode({**_decode_object(body), "stream_options": ask})
+
+
+def take_cost(stream_options: bytes) -> tuple[bytes, bool] | None:
+    """Return the options of a stream without the wish for its cost, which no engine knows, and whether it is one.
+
+    None if they do not speak of it. Who wants the cost wants the usage, in which it stands. Raises BadRequest.
+    """
+    if b'"include_cost"' not in stream_options:
+        return None
+    try:
+        options = _decode_object(stream_options)
+        wish = msgspec.json.decode(options.pop("include_cost", b"null"), type=bool | None)
+    except msgspec.DecodeError:
+        param = "stream_options.include_cost"
+        raise BadRequest(f"{param}: expected true or false", param=param) from None
+    return _encode({**options, "include_usage": True} if wish else options), bool(wish)
 
 
 def asks_usage(stream_options: bytes) -> bool:

@@ -4,8 +4,9 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from time import monotonic
 from typing import Any, cast
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 import msgspec
 from litestar import Litestar
@@ -20,17 +21,22 @@ from proxy.errors import (
     BodyTooLarge,
     DeadlinePassed,
     MethodNotAllowed,
+    NoLedger,
     RequestError,
     UnknownPath,
     UpstreamError,
     upstream_failure,
 )
+from proxy.ledger import usage
+from proxy.ledger.books import Books
+from proxy.ledger.recorder import Both
 from proxy.metrics import Metrics
+from proxy.prices import Prices
 from proxy.probe import LiveRegistry
 from proxy.registry import Model, Registry
 from proxy.relay import Exchange
 from proxy.reply import Reply
-from proxy.telemetry import OPERATIONS, OTHER
+from proxy.telemetry import OPERATIONS, OTHER, Sink
 
 MODEL_PATHS = tuple(OPERATIONS)  # every path of vLLM's server whose body has a `model`
 
@@ -48,11 +54,24 @@ class Visit(msgspec.Struct, frozen=True):
 class Api:
     """The handlers of one worker."""
 
-    def __init__(self, chat: Chat, live: LiveRegistry, metrics: Metrics, server: Server) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        live: LiveRegistry,
+        metrics: Metrics,
+        server: Server,
+        prices: Prices | None = None,
+        books: Books | None = None,
+    ) -> None:
+        """books: of the ledger, for a server that keeps one."""
         self._chat = chat
         self._live = live
         self._metrics = metrics
+        self._prices = prices
+        self._books = books
+        self._sink: Sink = Both(metrics, books.recorder) if books else metrics
         self._keys = Keys(server.api_keys)
+        self._usage_keys = Keys(server.api_keys, admins=server.admin_keys)
         self._metrics_keys = Keys(()) if server.metrics_public else self._keys
         self._admin_keys = Keys(server.admin_keys, required=True)
         self._server = server
@@ -63,11 +82,13 @@ class Api:
         await self._guarded(scope, receive, send, "POST", self._answer)
 
     async def rest(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
-        """GET /v1/models, GET /v1/models/{id}, /admin/, and every path that there is not."""
+        """GET /v1/models, GET /v1/models/{id}, GET /v1/usage, /admin/, and every path that there is not."""
         # Litestar has one mount that takes what no route does; ids have slashes, so they need a mount as well.
         path = unquote(scope["raw_path"].decode("latin-1"))
         if path == "/v1/models" or path.startswith("/v1/models/"):
             await self._guarded(scope, receive, send, "GET", self._show_models)
+        elif path == "/v1/usage":
+            await self._guarded(scope, receive, send, "GET", self._show_usage, self._usage_keys)
         else:
             keys = self._admin_keys if path.startswith("/admin/") else None
             await self._guarded(scope, receive, send, scope["method"], self._refuse_path, keys)
@@ -101,9 +122,11 @@ class Api:
     ) -> None:
         """Check method and key, then handle; turn whatever goes wrong into one envelope."""
         request_id = _request_id(scope["headers"])
-        exchange = Exchange(self._metrics, OPERATIONS.get(scope["path"].rstrip("/"), OTHER))
+        operation = OPERATIONS.get(scope["path"].rstrip("/"), OTHER)
+        exchange = Exchange(self._sink, operation, monotonic, self._prices, request_id)
         try:
             caller = (keys or self._keys).check(scope["headers"])
+            exchange.key_id = caller.id
             if scope["method"] != method:
                 raise MethodNotAllowed(scope["method"], scope["raw_path"].decode("latin-1"), method)
             await handle(scope, receive, send, Visit(request_id, caller, exchange))
@@ -142,6 +165,8 @@ class Api:
         answering = self._chat.answer(request, exchange)
         reply = await (request.deadline.bound(answering) if request.deadline else answering)
         headers = [*reply.headers, (b"x-request-id", request.request_id)]
+        if reply.body is None and (usd := exchange.usd()) is not None:  # of a stream it is not known yet
+            headers.append((b"x-polyvox-cost", b"%.10f" % usd))
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await self._send_body(reply, send, request.deadline)
         exchange.complete()
@@ -181,6 +206,18 @@ class Api:
         await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
         visit.exchange.complete()
 
+    async def _show_usage(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        """What the caller's own key has used, or what was asked without one; for an admin, what all have."""
+        if self._books is None:
+            raise NoLedger
+        asked = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+        query = usage.parse(asked, time.time())
+        if not visit.caller.is_admin:
+            query = msgspec.structs.replace(query, key_id=visit.caller.id)
+        report = await self._books.report(query)
+        await _send_json(send, 200, report, [(b"x-request-id", visit.request_id)])
+        visit.exchange.complete()
+
     async def _show_metrics(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
         content_type, page = self._metrics.page(accept.decode("latin-1"))
@@ -189,7 +226,9 @@ class Api:
 
     async def _refuse_path(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         path = scope["raw_path"].decode("latin-1")
-        raise UnknownPath(scope["method"], path, (*MODEL_PATHS, "/v1/models", "/health", "/ready", "/metrics"))
+        raise UnknownPath(
+            scope["method"], path, (*MODEL_PATHS, "/v1/models", "/v1/usage", "/health", "/ready", "/metrics")
+        )
 
     def _card(self, registry: Registry, name: str) -> dict[str, Any]:
         model: Model = registry.resolve(name)

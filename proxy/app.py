@@ -6,14 +6,16 @@ from pathlib import Path
 from litestar.types import ASGIApp
 
 from engines.spec import FleetStatus
-from proxy import gauging, providers, registry
+from proxy import gauging, market, providers, registry
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
+from proxy.ledger.books import Books, Place
 from proxy.metrics import Metrics
+from proxy.prices import Prices
 from proxy.probe import LiveRegistry, watch_fleet
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
@@ -26,7 +28,8 @@ from proxy.transport.local import LocalTransport
 class Worker:
     """What one worker process holds."""
 
-    def __init__(self, config: Config, control_socket: Path, metrics: Metrics, board: Board) -> None:
+    def __init__(self, config: Config, control_socket: Path, metrics: Metrics, board: Board, ledger: Path) -> None:
+        """ledger: the folder of a server that keeps one."""
         providers.prepare(config)
         self._config = config
         self._metrics = metrics
@@ -34,9 +37,11 @@ class Worker:
         self._balancer = make_balancer(config, board)
         self._supervisor = LocalTransport(f"unix:{control_socket}")
         self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
+        self._prices = Prices(config, metrics.throughput)
+        self._books = make_books(config, ledger, self._prices)
         self._endpoints = Endpoints(metrics)
         self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
-        # All mutable state: a transport for each address in use, and the tasks that follow supervisor and engines.
+        # All mutable state: a transport for each address in use, and the tasks that go on beside the requests.
         self._transports: dict[str, Transport] = {}
         self._following: list[asyncio.Task[None]] = []
 
@@ -48,7 +53,7 @@ class Worker:
         server = self._config.server
         admission = make_admission(self._config, self._balancer, self._metrics)
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
-        api = Api(Chat(ways), self._live, self._metrics, server)
+        api = Api(Chat(ways), self._live, self._metrics, server, self._prices, self._books)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:
@@ -59,11 +64,21 @@ class Worker:
             gauged = gauging.follow(names, self._live, self._transport_to, self._balancer)
             self._following.append(asyncio.create_task(gauged))
 
+        if self._books:
+            self._following.append(asyncio.create_task(self._books.recorder.run()))
+        if offers := market.offers(self._config):
+            self._following.append(asyncio.create_task(self._learn_prices(offers)))
+
+    async def _learn_prices(self, offers: list[market.Offer]) -> None:
+        self._prices.learn(await market.ask(offers))
+
     async def _stop(self) -> None:
         for task in self._following:
             task.cancel()
         await asyncio.gather(*self._following, return_exceptions=True)
         await self._recovery.close()
+        if self._books:
+            await self._books.close()
         for transport in (*self._transports.values(), self._supervisor):
             await transport.close()
 
@@ -72,6 +87,12 @@ class Worker:
         if transport is None:
             transport = self._transports[endpoint.address] = _make_transport(endpoint.address)
         return transport
+
+
+def make_books(config: Config, folder: Path, prices: Prices) -> Books | None:
+    """Return a worker's way to the ledger, None for a server that keeps none."""
+    settings = config.ledger_settings()
+    return Books(Place(settings, folder), prices.known) if settings else None
 
 
 def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:

@@ -11,18 +11,28 @@ from proxy.errors import WrongKey
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who asks. salt: keeps what one key sent apart from all others in an engine's prefix cache; None without keys."""
+    """Who asks.
+
+    salt: keeps what one key sent apart from all others in an engine's prefix cache; None without keys. id: what the key
+    is called where it must not be known; "" without keys. is_admin: it is one of those that may see and do everything.
+    """
 
     salt: str | None = None
+    id: str = ""
+    is_admin: bool = False
 
 
 class Keys:
     """The keys that a server takes. Without any everybody may pass, or, where keys are required, nobody."""
 
-    def __init__(self, keys: Iterable[Secret], *, required: bool = False) -> None:
-        secrets = [key.reveal().encode() for key in keys]
-        self._required = required
-        self._callers = tuple((_digest(secret), Caller(_salt(secret))) for secret in secrets)
+    def __init__(self, keys: Iterable[Secret], *, admins: Iterable[Secret] = (), required: bool = False) -> None:
+        """admins: keys that are taken as well, and make their callers admins."""
+        ordinary = [key.reveal().encode() for key in keys]
+        self._open = not ordinary and not required
+        self._callers = (
+            *((_digest(key.reveal().encode()), _caller(key.reveal().encode(), is_admin=True)) for key in admins),
+            *((_digest(secret), _caller(secret)) for secret in ordinary),
+        )
 
     def __repr__(self) -> str:
         return f"<Keys {len(self._callers)}>"
@@ -32,13 +42,15 @@ class Keys:
 
         Taken from `Authorization: Bearer` (OpenAI's clients) or `x-api-key` (Anthropic's).
         """
-        if not self._callers and not self._required:
+        if not self._callers and self._open:
             return _ANYBODY
         given = _digest(_presented(headers))
         found = [caller for digest, caller in self._callers if hmac.compare_digest(given, digest)]  # all compared
-        if not found:
-            raise WrongKey
-        return found[0]
+        if found:
+            return found[0]
+        if self._open:
+            return _ANYBODY
+        raise WrongKey
 
 
 def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -51,6 +63,15 @@ def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 _ANYBODY = Caller()
+
+
+def _caller(key: bytes, *, is_admin: bool = False) -> Caller:
+    return Caller(_salt(key), key_id(key), is_admin)
+
+
+def key_id(key: bytes) -> str:
+    """Return what a key is called in the ledger: 16 hexadecimal digits, from which nobody learns the key."""
+    return hmac.new(key, b"polyvox key id", hashlib.sha256).hexdigest()[:16]
 
 
 def _salt(key: bytes) -> str:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from proxy import forbidden, limits, reply, wire
+from proxy import accounting, forbidden, limits, reply, wire
 from proxy.deadline import Deadline
 from proxy.fallback import Walk
 from proxy.providers import Asked
@@ -50,8 +50,10 @@ class Chat:
         model = registry.resolve(envelope.model)
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
         forbidden.check(envelope.fields, model.policy, self._ways.limits)
-        exchange.model = model.name
+        exchange.model, exchange.alias = model.name, envelope.model
         asked = _asked(request, envelope, form=form)
+        if envelope.stream and (options := envelope.fields.get("stream_options")):
+            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
         chain = registry.chains.get(envelope.model, ())
         return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
 
@@ -64,3 +66,15 @@ def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
     return Asked(
         request.path, request.query, request.headers, request.body, envelope, request.request_id, form, request.salt
     )
+
+
+def _without_cost(asked: Asked, stream_options: bytes) -> tuple[Asked, bool]:
+    """Take the wish for the cost of a stream out of a request; say whether it is one."""
+    taken = accounting.take_cost(stream_options)
+    if taken is None:
+        return asked, False
+    options, wish = msgspec.Raw(taken[0]), taken[1]
+    fields = {**asked.envelope.fields, "stream_options": options}
+    envelope = msgspec.structs.replace(asked.envelope, fields=fields)
+    body = wire.replace_field(asked.body, "stream_options", options)
+    return msgspec.structs.replace(asked, body=body, envelope=envelope), wish

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import yaml
@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import media
+from proxy.cost import Hosting, Price
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
 from proxy.limits import Limits
@@ -156,6 +157,8 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     balance: which endpoint, or replica, gets a request, see proxy/balancer/policies.py. queue: who waits for one.
     allow: fields of requests that are refused otherwise, because they reach past the model: chat_template and the like.
+    price: of its tokens; where it is left out, endpoints have that of the package genai-prices, if it knows them.
+    hosting: of an engine, what its machine costs, instead of a price.
     """
 
     engine: EngineSettings | None = None
@@ -166,10 +169,23 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     breaker: BreakerSettings = BreakerSettings()
     retries: RetrySettings = RetrySettings()
     allow: tuple[str, ...] = ()
+    price: Price | None = None
+    hosting: Hosting | None = None
 
     def endpoint_names(self, model: str) -> tuple[str, ...]:
         """Return the names that the endpoints of a model have: in headers, metrics and commands."""
         return tuple(f"{model}/{i}" for i in range(self.engine.replicas if self.engine else len(self.endpoints)))
+
+
+class LedgerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a row for each request goes.
+
+    url: sqlite:////ABSOLUTE/PATH, or postgresql://USER:PASSWORD@HOST/NAME; a file of SQLite in the state folder if left
+    out. journal_bytes: what rows may take on disk while the database does not answer.
+    """
+
+    url: Secret | None = None
+    journal_bytes: Annotated[int, Meta(ge=1024 * 1024)] = 1024 * 1024 * 1024
 
 
 TASK = "task:"  # what a key of `fallbacks` begins with that stands for a kind of request, not for a model
@@ -186,6 +202,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: dict[str, ModelSettings] = {}
     aliases: dict[str, str] = {}
     fallbacks: dict[str, tuple[str, ...]] = {}
+    ledger: LedgerSettings | bool = LedgerSettings()
+
+    def ledger_settings(self) -> LedgerSettings | None:
+        """Return where the ledger is kept, None for `ledger: off`."""
+        if isinstance(self.ledger, bool):
+            return LedgerSettings() if self.ledger else None
+        return self.ledger
 
     def engines(self) -> tuple[EngineSpec, ...]:
         """Return one spec for each engine process: every replica of every local model."""
@@ -339,6 +362,7 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
         limits: dict[str, Any] = {}
         models: dict[str, Any] = {}
         aliases: dict[str, Any] = {}
+        ledger: dict[str, Any] = {}
         fallbacks: dict[str, Any] = {}
 
     for name in environ:
@@ -390,11 +414,20 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
         aliases={
             name: _convert(target, str, ("aliases", name), source) for name, target in _section(data, "aliases", source)
         },
+        ledger=_ledger(data.get("ledger"), source),
         fallbacks={
             name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
             for name, chain in _section(data, "fallbacks", source)
         },
     )
+
+
+def _ledger(value: Any, source: _Source) -> LedgerSettings | bool:
+    if isinstance(value, bool):
+        return value
+    if value is not None and not isinstance(value, dict):
+        raise source.error(("ledger",), "expected off, or a mapping with url and journal_bytes")
+    return _convert(value or {}, LedgerSettings, ("ledger",), source)
 
 
 def _section(data: dict[str, Any], name: str, source: _Source) -> Iterator[tuple[str, Any]]:
@@ -471,6 +504,8 @@ def _check(config: Config, source: _Source) -> None:
         _check_model(name, model, source)
     for alias, target in config.aliases.items():
         _check_alias(alias, target, config, source)
+    if (ledger := config.ledger_settings()) and ledger.url:
+        _check_ledger_url(ledger.url.reveal(), source)
     for name, chain in config.fallbacks.items():
         _check_chain(name, chain, config, source)
     _check_loops(config, source)
@@ -506,6 +541,10 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
         _check_engine(model.engine, (*path, "engine"), source)
     for i, endpoint in enumerate(model.endpoints):
         _check_url(endpoint.base_url, (*path, "endpoints", i, "base_url"), source)
+    if model.hosting and not model.engine:
+        raise source.error((*path, "hosting"), "this is for engines that run here; what others ask goes into price")
+    if model.hosting and model.price:
+        raise source.error((*path, "hosting"), "give either price or hosting, from which a price is worked out")
     for i, field in enumerate(model.allow):
         if field not in ALLOWABLE:
             raise source.error((*path, "allow", i), _unknown(field, sorted(ALLOWABLE)))
@@ -552,6 +591,22 @@ def _check_url(url: str, path: tuple[str | int, ...], source: _Source) -> None:
         raise source.error(path, "expected http://HOST[:PORT]/PATH or https://...")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise source.error(path, "leave user, password, query and fragment out; a key goes into api_key")
+
+
+def _check_ledger_url(url: str, source: _Source) -> None:
+    try:
+        parts = urlsplit(url)
+        path = parts.path.lstrip("/")
+        known = bool(path) and (
+            (parts.scheme == "sqlite" and not parts.netloc and parts.path.startswith("//"))
+            or (parts.scheme == "postgresql" and parts.hostname and parts.port != 0)
+        )
+    except ValueError:
+        known = False
+    if not known:  # the address is not shown: it may have a password
+        raise source.error(
+            ("ledger", "url"), "expected sqlite:////ABSOLUTE/PATH or postgresql://USER:PASSWORD@HOST[:PORT]/NAME"
+        )
 
 
 def _check_alias(alias: str, target: str, config: Config, source: _Source) -> None:
@@ -611,6 +666,7 @@ _SECRET_NAME = re.compile(r"(?i)(?:^|[-_])(api[-_]?keys?|token|secrets?|password
 def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
     """Return (value, what to print for it): all that came by ${NAME}, and what is secret by its place."""
     found = {key.reveal(): MASK for key in (*config.server.api_keys, *config.server.admin_keys)}
+    found.update(dict.fromkeys(_of_ledger(config.ledger_settings()), MASK))
     for model in config.models.values():
         found.update({e.api_key.reveal(): MASK for e in model.endpoints if e.api_key})
         places = [model.engine.env, model.engine.args] if model.engine else [e.options for e in model.endpoints]
@@ -618,6 +674,14 @@ def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
             found.update(dict.fromkeys(_named_as_secret(where), MASK))
     found.update({v: n for v, n in source.expanded.items() if len(v) >= _SHORTEST_SECRET})
     return tuple(sorted(((v, n) for v, n in found.items() if v), key=lambda pair: -len(pair[0])))
+
+
+def _of_ledger(ledger: LedgerSettings | None) -> Iterator[str]:
+    """Yield the address of the ledger's database and its password, as it is there and as it is meant."""
+    if ledger and ledger.url:
+        yield ledger.url.reveal()
+        password = urlsplit(ledger.url.reveal()).password or ""
+        yield from (password, unquote(password))
 
 
 def _named_as_secret(value: Any) -> Iterator[str]:

@@ -17,11 +17,14 @@ from proxy.figures import Condition
 
 _COLOURS = {"ready": "green", "starting": "cyan", "draining": "yellow", "failed": "red", "stopped": "dim"}
 _BAR = 20
+_WIDE = 200  # characters of a line that nobody looks at as it is printed
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table: drawn and coloured on a terminal, plain aligned columns elsewhere."""
     terminal = Terminal()
+    if not terminal.is_terminal:
+        terminal.width = max(terminal.width, _WIDE)
     table = Table(box=box.SIMPLE_HEAD if terminal.is_terminal else None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")

@@ -11,6 +11,7 @@ PolyvoxError
 │   ├── UnknownModel           404
 │   ├── UnknownPath            404
 │   ├── PathNotServed          404, by this model's provider
+│   ├── NoLedger               404, this server keeps none
 │   ├── MethodNotAllowed       405
 │   ├── RequestTimeout         408
 │   ├── BodyTooLarge           413
@@ -21,6 +22,7 @@ PolyvoxError
 │   ├── TooManyConnections     503
 │   ├── NotReady               503, come back in a moment
 │   ├── EngineStopped          503, somebody has to do something
+│   ├── LedgerUnavailable      503, its database does not answer
 │   ├── Unavailable            503, nothing that could answer is asked now
 │   ├── DeadlinePassed         504, as the client wished
 │   └── GatewayTimeout         504
@@ -220,6 +222,29 @@ class TooBusy(RequestError):
     def __init__(self, model: str, retry_after: int) -> None:
         super().__init__(f"The model {model!r} has more requests than it can take; try again in {retry_after} s.")
         self.retry_after = retry_after
+
+
+class NoLedger(RequestError):
+    """The server keeps no ledger."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "no_ledger"
+
+    def __init__(self) -> None:
+        super().__init__("This server keeps no ledger of its requests (`ledger: off`).")
+
+
+class LedgerUnavailable(RequestError):
+    """The database of the ledger does not answer."""
+
+    status = 503
+    type = "server_error"
+    code = "ledger_unavailable"
+    retry_after = 5
+
+    def __init__(self) -> None:
+        super().__init__("The database of the ledger does not answer; requests are noted, try again soon.")
 
 
 class NotReady(RequestError):

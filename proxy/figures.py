@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from proxy import cost
 from proxy.telemetry import ERROR_TYPES, AttemptFailed, BreakerChanged, RequestFinished
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 Key = tuple[str, str]  # model, endpoint
 
 STATES: Final = ("closed", "half_open", "open")
-_STATE, _UNTIL, _STOOD_IN, _RESUMED, _CHANGES = range(5)
+_STATE, _UNTIL, _STOOD_IN, _RESUMED, _MARK, _BUSY, _WORK, _CHANGES = range(8)
 _FAILURES: Final = _CHANGES + len(STATES)
 WIDTH: Final = _FAILURES + len(ERROR_TYPES)
 _ERROR_AT: Final = {name: _FAILURES + i for i, name in enumerate(ERROR_TYPES)}
@@ -59,6 +60,24 @@ def finish(own: "memoryview[float]", at: int, event: RequestFinished) -> None:
     """Count what was answered in the place of others."""
     own[at + _STOOD_IN] += event.level > 0 and event.error is None
     own[at + _RESUMED] += event.resumed
+
+
+def begin_work(parts: Sequence["memoryview[float]"], own: "memoryview[float]", gauge: int, at: int, now: float) -> None:
+    """A request goes to an endpoint: if it is the only one, of any worker, the endpoint is busy from now on."""
+    if not _sum(parts, gauge):
+        own[at + _MARK] = now
+
+
+def end_work(parts: Sequence["memoryview[float]"], own: "memoryview[float]", at: int, now: float, done: float) -> None:
+    """A request is over at an endpoint, which was busy since the last mark of any worker. done: see cost.work."""
+    own[at + _BUSY] = cost.faded(own[at + _BUSY], max(now - max(part[at + _MARK] for part in parts), 0.0))
+    own[at + _WORK] = cost.faded(own[at + _WORK], done)
+    own[at + _MARK] = now
+
+
+def throughput(parts: Sequence["memoryview[float]"], at: int) -> tuple[float, float]:
+    """Return the seconds in which an endpoint was busy of late, and the work that it did in them."""
+    return _sum(parts, at + _BUSY), _sum(parts, at + _WORK)
 
 
 def conditions(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> list[Condition]:

@@ -18,6 +18,8 @@ from proxy import config, providers
 from proxy.config import Config, Loaded, Server
 from proxy.console import Console
 from proxy.errors import ServeError
+from proxy.ledger.books import Place
+from proxy.ledger.delivery import Delivery
 from proxy.metrics import conditions, shared_memory
 from proxy.orders import Orders
 
@@ -42,8 +44,8 @@ def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
 async def _serve(loaded: Loaded, paths: StatePaths, console: Console, listening: socket.socket) -> None:
     """Run workers and engines until SIGTERM or SIGINT; a second one ends everything at once."""
     stop, hurry = _stop_signals()
-    workers = Workers(loaded.config, listening, paths.control_socket, console)
-    async with _background(workers.run(), stop):
+    workers = Workers(loaded.config, listening, paths, console)
+    async with _background(_deliver(loaded, paths), stop), _background(workers.run(), stop):
         # The workers listen while the parent is still importing what the engines need.
         from engines.control import serve_control
         from engines.launcher import Launcher
@@ -63,6 +65,13 @@ async def _serve(loaded: Loaded, paths: StatePaths, console: Console, listening:
                     drained = asyncio.ensure_future(_drain(listening, workers, loaded.config))
                     await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
                     await _cancelled(drained)
+
+
+async def _deliver(loaded: Loaded, paths: StatePaths) -> None:
+    """Bring what the workers note of requests into the ledger's database, for as long as the server runs."""
+    if settings := loaded.config.ledger_settings():
+        place = Place(settings, paths.ledger)
+        await Delivery(place.journal, place.open, loaded.redact).run()
 
 
 @contextlib.asynccontextmanager
@@ -148,14 +157,15 @@ def address_of(listening: socket.socket) -> str:
 class Workers:
     """The proxy workers: processes that share one listening socket. One that ends is replaced."""
 
-    def __init__(self, settings: Config, listening: socket.socket, control_socket: Path, console: Console) -> None:
+    def __init__(self, settings: Config, listening: socket.socket, paths: StatePaths, console: Console) -> None:
         self._fd = listening.fileno()
         # What workers have counted outlives them here.
         self._metrics_fd = shared_memory()
         self._board_fd = shared_memory("board")
         self._config = settings
         self._settings = config.encode(settings)
-        self._control_socket = str(control_socket)
+        self._control_socket = str(paths.control_socket)
+        self._ledger = str(paths.ledger)
         self._count = settings.server.workers
         self._console = console
         # All mutable state: the processes that run now, and whether they are meant to.
@@ -192,7 +202,7 @@ class Workers:
 
     async def _run_one(self, number: int) -> int:
         shared = (self._fd, self._metrics_fd, self._board_fd)
-        orders = Orders(self._settings, self._control_socket, *shared, number)
+        orders = Orders(self._settings, self._control_socket, *shared, number, self._ledger)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=shared
         )

@@ -7,16 +7,18 @@ adding to a double. Each worker writes a part of its own, and reads those of the
 
 import mmap
 import os
+import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from proxy import figures
-from proxy.accounting import FINISH_REASONS
+from proxy.accounting import FINISH_REASONS, Usage
 from proxy.config import Config
+from proxy.cost import work
 from proxy.telemetry import (
     ERROR_TYPES,
     OPERATIONS,
@@ -84,9 +86,10 @@ _IN, _OUT, _CACHED = _TOKENS = (
     Counter("polyvox_generation_tokens", "Tokens generated", len(_OUTCOMES) + 1),
     Counter("polyvox_prompt_tokens_cached", "Tokens of prompts found in a cache of the engine", len(_OUTCOMES) + 2),
 )
+_COST = Counter("polyvox_cost_usd", "What requests cost whose cost is known", len(_OUTCOMES) + len(_TOKENS))
 _TTFT, _TPOT, _E2E, _OVERHEAD = _HISTOGRAMS = tuple(
     _histograms(
-        len(_OUTCOMES) + len(_TOKENS),
+        _COST.at + 1,
         ("polyvox_time_to_first_token_seconds", "Of streams, from the request being here", _FIRST),
         ("polyvox_request_time_per_output_token_seconds", "Of streams, for each token after the first", _EACH),
         ("polyvox_e2e_request_latency_seconds", "From the request being here to the end of the answer", _ALL),
@@ -125,15 +128,20 @@ def shared_memory(name: str = "metrics") -> int:
 class Metrics:
     """The figures of one worker, and a view of those of all."""
 
-    def __init__(self, config: Config, worker: int = 0, memory: int = -1) -> None:
+    def __init__(
+        self, config: Config, worker: int = 0, memory: int = -1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Take part `worker` of the memory behind a descriptor, which all workers lay out alike; -1: my own."""
         self._layout = layout = Layout(config)
+        self._clock = clock
+        self._hosted = frozenset(name for name, model in config.models.items() if model.hosting)
         size = layout.size * config.server.workers * _DOUBLE
         if memory >= 0:
             os.ftruncate(memory, size)
         # All mutable state: the doubles of all workers; this one writes its own only.
         self._all = memoryview(mmap.mmap(memory, size)).cast("d")
-        self._own = self._all[worker * layout.size : (worker + 1) * layout.size]
+        self._parts = _parts(self._all, layout)
+        self._own = self._parts[worker]
         # The worker that had this part before may have died in the middle.
         for gauge in (*layout.gauges.values(), *layout.queues.values()):
             self._own[gauge] = 0.0
@@ -143,8 +151,11 @@ class Metrics:
         return f"<Metrics {self._layout!r}>"
 
     def started(self, event: RequestStarted) -> None:
-        gauge = self._layout.gauges.get((event.model, event.endpoint))
+        key = (event.model, event.endpoint)
+        gauge = self._layout.gauges.get(key)
         if gauge is not None:
+            if event.model in self._hosted:
+                figures.begin_work(self._parts, self._own, gauge, self._layout.rows[key], self._clock())
             self._own[gauge] += 1
 
     def queued(self, event: RequestQueued) -> None:
@@ -155,6 +166,8 @@ class Metrics:
         if key in self._layout.gauges:
             self._own[self._layout.gauges[key]] -= 1
             figures.fail(self._own, self._layout.rows[key], event)
+            if event.model in self._hosted:
+                figures.end_work(self._parts, self._own, self._layout.rows[key], self._clock(), 0.0)
 
     def changed(self, event: BreakerChanged) -> None:
         row = self._layout.rows.get((event.model, event.endpoint))
@@ -166,6 +179,8 @@ class Metrics:
         gauge = layout.gauges.get((event.model, event.endpoint))
         if gauge is not None:
             own[gauge] -= event.under_way
+            if event.model in self._hosted and event.under_way:
+                self._end_work(event)
             if event.level or event.resumed:
                 figures.finish(own, layout.rows[event.model, event.endpoint], event)
         at = layout.series.get((event.model, event.endpoint, event.operation), layout.elsewhere)
@@ -173,6 +188,8 @@ class Metrics:
         own[at + _IN.at] += event.tokens_in
         own[at + _OUT.at] += event.tokens_out
         own[at + _CACHED.at] += event.tokens_cached
+        if event.usd:
+            own[at + _COST.at] += event.usd
         self._observe(at, _E2E, event.seconds)
         if event.to_first_token is not None:
             self._observe(at, _TTFT, event.to_first_token)
@@ -180,6 +197,14 @@ class Metrics:
             self._observe(at, _TPOT, event.per_token)
         if event.overhead is not None:
             self._observe(at, _OVERHEAD, event.overhead)
+
+    def _end_work(self, event: RequestFinished) -> None:
+        done = work(Usage(event.tokens_in, event.tokens_out, event.tokens_cached))
+        figures.end_work(self._parts, self._own, self._layout.rows[event.model, event.endpoint], self._clock(), done)
+
+    def throughput(self, model: str, endpoint: str) -> tuple[float, float]:
+        """Return what all workers know of an endpoint whose hosting is known: see figures.throughput."""
+        return figures.throughput(self._parts, self._layout.rows[model, endpoint])
 
     def _observe(self, at: int, histogram: Histogram, value: float) -> None:
         self._own[at + histogram.at + bisect_left(histogram.bounds, value)] += 1
@@ -194,7 +219,7 @@ class Metrics:
         return content_type.encode(), encode(_Collected(list(self._collect())))
 
     def _collect(self) -> Iterator["Metric"]:
-        parts = _parts(self._all, self._layout)
+        parts = self._parts
         counted = {key: at for key, at in self._layout.series.items() if any(_summed(parts, at, len(_OUTCOMES)))}
         rows = {key: _summed(parts, at, _WIDTH) for key, at in counted.items()}
         gauges = {key: _summed(parts, at, 1)[0] for key, at in self._layout.gauges.items()}
@@ -262,7 +287,7 @@ def _families(rows: _Rows, gauges: dict[tuple[str, str], float]) -> Iterator["Me
                       "finished_reason", FINISH_REASONS, 0)  # fmt: skip
     yield _by_outcome(rows, "polyvox_request_errors", "Requests that failed, by why",
                       "error_type", ERROR_TYPES, len(FINISH_REASONS))  # fmt: skip
-    for counter in _TOKENS:
+    for counter in (*_TOKENS, _COST):
         yield _counter(rows, counter)
     for histogram in _HISTOGRAMS:
         yield _histogram(rows, histogram)

@@ -11,7 +11,7 @@ class Orders(msgspec.Struct, frozen=True):
     """config: as `config.encode` gives it, secrets included, which is why it goes by a pipe.
 
     worker: its number, from 0. metrics_fd: the memory that all workers count in. board_fd: that in which they see each
-    other's load.
+    other's load. ledger: the folder of the ledger, for a server that keeps one.
     """
 
     config: bytes
@@ -20,6 +20,7 @@ class Orders(msgspec.Struct, frozen=True):
     metrics_fd: int
     board_fd: int
     worker: int
+    ledger: str
 
     def frame(self) -> bytes:
         """Return the orders as `read` takes them: their size, then themselves."""

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from time import monotonic
 
-from proxy.accounting import Account
+from proxy.accounting import Account, Usage
 from proxy.balancer import Lease
 from proxy.breaker import Breaker, Outcome, State
+from proxy.prices import Prices
 from proxy.telemetry import UNKNOWN, AttemptFailed, RequestFinished, RequestStarted, Sink, error_type
 from proxy.transport import Answer
 
@@ -25,16 +26,29 @@ class Exchange:
     """
 
     __slots__ = (
-        "_account", "_answer", "_begun", "_breaker", "_clock", "_closed", "_error", "_first", "_lease", "_mark",
-        "_overhead", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_whole", "attempts", "endpoint",
-        "level", "model", "operation", "resumed",
+        "_account", "_answer", "_begun", "_breaker", "_broken", "_clock", "_closed", "_error", "_first", "_lease",
+        "_mark", "_overhead", "_prices", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_usd", "_whole",
+        "alias", "attempts", "endpoint", "key_id", "level", "model", "operation", "request_id", "resumed", "shows_cost",
     )  # fmt: skip
 
-    def __init__(self, sink: Sink, operation: str, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self,
+        sink: Sink,
+        operation: str,
+        clock: Callable[[], float] = monotonic,
+        prices: Prices | None = None,
+        request_id: bytes = b"",
+    ) -> None:
         self._sink = sink
         self.operation = operation
         self._clock = clock
-        # All mutable state. Who answers, after how many models of a chain were passed over, at the which attempt:
+        self._prices = prices
+        self.request_id = request_id
+        # All mutable state. Who asks, and for which name:
+        self.key_id = ""
+        self.alias = ""
+        self.shows_cost = False  # in the usage of its stream
+        # Who answers, after how many models of a chain were passed over, at the which attempt:
         self.model = UNKNOWN
         self.endpoint = ""
         self.level = 0
@@ -46,6 +60,8 @@ class Exchange:
         self._overhead = 0.0
         # How it goes:
         self._status = 0
+        self._usd: float | None = None  # once it is known
+        self._broken: tuple[tuple[str, str], ...] = ()  # model and endpoint of streams that went on elsewhere
         self._error: str | None = None
         self._streamed = False
         self._whole = False
@@ -90,6 +106,8 @@ class Exchange:
         if was_under_way:
             kind = "upstream_4xx" if error is None else error_type(error) or "internal_error"
             self._sink.failed(AttemptFailed(self.model, self.endpoint, kind))
+            if self._first is not None:
+                self._broken += ((self.model, self.endpoint),)
         if self._answer:
             await self._answer.close()
             self._answer = None
@@ -120,6 +138,33 @@ class Exchange:
             self._lease.token(now)
         if self._breaker and self._breaker.state is not _CLOSED:
             self._ticket = self._breaker.record(Outcome.SUCCESS, now, self._ticket)
+
+    def usd(self) -> float | None:
+        """Return what the request costs, by what is known now; None where price or tokens are not.
+
+        Of a stream that went on elsewhere, the tokens of all its engines are in its usage, but that each engine has
+        read the prompt is not.
+        """
+        if self._usd is None:
+            self._usd = self._charge(self._account.tally.usage if self._account else None)
+        return self._usd
+
+    def _charge(self, usage: Usage | None) -> float | None:
+        if usage is not None:
+            return self.cost(usage)
+        # Nobody has done anything for it, or asks anything for it; or else nobody knows.
+        return 0.0 if not self.attempts or self._status >= 400 else None
+
+    def cost(self, usage: Usage) -> float | None:
+        """Return what the request costs if this is what it used."""
+        if self._prices is None:
+            return None
+        usd = self._prices.cost(self.model, self.endpoint, usage)
+        if self._broken:
+            prompts = [self._prices.cost(model, endpoint, Usage(usage.tokens_in)) for model, endpoint in self._broken]
+            known = [prompt for prompt in prompts if prompt is not None]
+            return None if usd is None or len(known) < len(prompts) else usd + sum(known)
+        return usd
 
     def fail(self, error: BaseException, status: int = 0) -> None:
         """Something went wrong, on our side or an endpoint's; the client going away is none of it."""
@@ -175,6 +220,11 @@ class Exchange:
             under_way=self._under_way,
             level=self.level,
             resumed=self.resumed,
+            usd=self._charge(usage) if self._usd is None else self._usd,
+            attempts=self.attempts,
+            alias=self.alias,
+            key_id=self.key_id,
+            request_id=self.request_id,
         )
 
     def _failure(self) -> str | None:

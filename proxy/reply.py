@@ -21,7 +21,7 @@ _SERVERS_OWN = frozenset(
     (b"date", b"server", b"via", b"x-powered-by", b"set-cookie", b"location", b"alt-svc", b"x-request-id",
      b"strict-transport-security", b"www-authenticate", b"openai-organization", b"openai-project",
      b"anthropic-organization-id", b"x-polyvox-model", b"x-polyvox-endpoint", b"x-polyvox-fallback-level",
-     b"x-polyvox-attempts")
+     b"x-polyvox-attempts", b"x-polyvox-cost")
 )  # fmt: skip
 _RENAMED_LIMIT = 256 * 1024 * 1024  # bytes of a document that must be held whole to be changed
 _HELD_LIMIT = 1024 * 1024  # bytes of one that is held whole so that another endpoint can still answer; of any error
@@ -158,7 +158,10 @@ async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_
 def _stream(answer: Answer, exchange: Exchange, headers: Headers, rename: str | None, *, hide_usage: bool) -> Reply:
     operation = exchange.operation
     account = StreamAccount(
-        hide_usage=hide_usage, first_token=FIRST_TOKEN.get(operation, b""), errors_end=operation in _OPENAI
+        hide_usage=hide_usage,
+        first_token=FIRST_TOKEN.get(operation, b""),
+        errors_end=operation in _OPENAI,
+        cost=exchange.cost if exchange.shows_cost else None,
     )
     made = Reply(exchange, answer.status, headers, account, answer)
     if rename is not None:

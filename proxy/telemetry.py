@@ -83,7 +83,8 @@ class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     "abort" if the client did not stay to the end. Times are in seconds from the request being here; None where there
     was nothing to time. per_token: for each token after the first. overhead: what we took ourselves. under_way: it was
     at the endpoint until now. level: how many models of the chain were passed over. resumed: how often a stream went on
-    elsewhere.
+    elsewhere. usd: what it cost, None if that is not known. attempts: how often it was sent. alias: the name that it
+    asked for, one of ours as well. key_id: see auth.Caller. No label is made of request_id, which a client may choose.
     """
 
     model: str
@@ -102,6 +103,11 @@ class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     under_way: bool = True
     level: int = 0
     resumed: int = 0
+    usd: float | None = None
+    attempts: int = 0
+    alias: str = ""
+    key_id: str = ""
+    request_id: bytes = b""
 
 
 class Sink(Protocol):

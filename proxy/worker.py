@@ -38,7 +38,8 @@ def main() -> int:
     settings = config.decode(given.config)
     metrics = Metrics(settings, given.worker, given.metrics_fd)
     board = make_board(settings, given.worker, given.board_fd)
-    server = _Server(_uvicorn_config(Worker(settings, Path(given.control_socket), metrics, board), settings))
+    made = Worker(settings, Path(given.control_socket), metrics, board, Path(given.ledger))
+    server = _Server(_uvicorn_config(made, settings))
     listening = socket.socket(fileno=given.listen_fd)
     uvloop.run(_serve(server, listening, settings.server))
     return 0

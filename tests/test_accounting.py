@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.accounting import Account, DocumentAccount, StreamAccount, Usage, ask_usage
+from proxy.accounting import Account, DocumentAccount, StreamAccount, Usage, ask_usage, take_cost
+from proxy.errors import BadRequest
 
 FINGERPRINT = '"system_fingerprint":"vllm-0.32.0-8a8103d3"'
 
@@ -249,3 +250,39 @@ def test_of_options_that_come_twice_none_is_left():
     asking = ask_usage(b'{"stream_options":{"include_usage":true},"model":"m","stream_options":null}', b"null")
     assert asking is not None
     assert asking.count(b"stream_options") == 1
+
+
+# What it cost
+
+TOLD = b'event: x\ndata: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":5}}\n\n'
+
+
+@pytest.mark.parametrize(("usd", "shown"), [(0.25, b"0.25"), (None, b"null")])
+def test_the_cost_stands_in_the_usage_and_all_else_of_the_event_stays(usd, shown):
+    account = StreamAccount(cost=lambda usage: usd if usage == Usage(11, 5) else 99.0)
+    assert account.feed(TOLD) == TOLD.replace(b"5}}", b'5,"cost":' + shown + b"}}")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (b'{"include_cost":true}', ({"include_usage": True}, True)),
+        (b'{"include_cost": true, "include_usage": false, "a": [1]}', ({"include_usage": True, "a": [1]}, True)),
+        (b'{"include_cost":false,"include_usage":false}', ({"include_usage": False}, False)),
+        (b'{"include_cost":null}', ({}, False)),
+        (b'{"include_usage":true}', None),
+        (b"null", None),
+    ],
+)
+def test_a_wish_for_the_cost_is_taken_out_and_is_one_for_the_usage(options, expected):
+    taken = take_cost(options)
+    assert (taken and (json.loads(taken[0]), taken[1])) == expected
+
+
+@pytest.mark.parametrize(
+    "options", [b'{"include_cost":1}', b'{"include_cost":"true"}', b'["include_cost", "include_cost":']
+)
+def test_a_wish_for_the_cost_is_true_or_false(options):
+    with pytest.raises(BadRequest) as caught:
+        take_cost(options)
+    assert caught.value.param == "stream_options.include_cost"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from proxy import config
 from proxy.config import Loaded, Secret
+from proxy.cost import Price
 from proxy.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
@@ -293,3 +294,51 @@ def test_weights_that_choose_nothing_are_refused_with_their_line(tmp_path: Path,
         config.load(file, {})
     assert str(caught.value).startswith(f"{file}:{line}: ")
     assert said in str(caught.value)
+
+
+PRICED = LOCAL + "    price: {input: 0.15, output: 0.60, cached_input: 0.075}\n"
+
+
+def test_a_model_may_have_a_price_or_a_machine_that_has_one(load):
+    assert load(PRICED).config.models["small"].price == Price(input=0.15, output=0.60, cached_input=0.075)
+    hosting = load(LOCAL + "    hosting: {usd_per_hour: 2.10}\n").config.models["small"].hosting
+    assert hosting and hosting.usd_per_hour == 2.10
+
+
+def test_the_ledger_is_on_unless_it_is_off(load):
+    assert load("").config.ledger_settings() == config.LedgerSettings()
+    assert load("ledger: on").config.ledger_settings() == config.LedgerSettings()
+    assert load("ledger: off").config.ledger_settings() is None
+    assert load("", POLYVOX_LEDGER__JOURNAL_BYTES="2000000").config.ledger_settings().journal_bytes == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (LOCAL + "    price:\n      input: -1\n      output: 1\n", 7, ["models.small.price.input", ">= 0"]),
+        (LOCAL + "    price: {input: 1}\n", 6, ["models.small.price", "output"]),
+        (PRICED + "    hosting: {usd_per_hour: 1}\n", 7, ["models.small.hosting", "price"]),
+        (LOCAL + "    hosting: {usd_per_hour: 0}\n", 6, ["models.small.hosting.usd_per_hour", "> 0"]),
+        ("models:\n  m:\n    endpoints: [{base_url: http://x/v1}]\n    hosting: {usd_per_hour: 1}\n", 4, ["hosting"]),
+        ("ledger: [1]\n", 1, ["ledger", "off"]),
+        ("ledger:\n  uri: x\n", 2, ["ledger.uri", "did you mean 'url'"]),
+        ("ledger:\n  journal_bytes: 1\n", 2, ["ledger.journal_bytes", ">= 1048576"]),
+        *(
+            (f"ledger:\n  url: {url}\n", 2, ["ledger.url", "sqlite:////ABSOLUTE/PATH", "postgresql://"])
+            for url in ("mysql://u:sentinel@h/d", "sqlite:///relative", "sqlite://", "postgresql://u:sentinel@h",
+                        "postgresql://u:sentinel@h:bad/d", "nonsense")
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_about_money_is_named_with_its_line(refusal, text, line, said):
+    error = refusal(text)
+    assert f":{line}: " in error
+    assert all(words in error for words in said), error
+    assert "sentinel" not in error
+
+
+def test_the_password_of_the_ledger_is_hidden_however_it_is_written(load):
+    loaded = load("ledger: {url: 'postgresql://user:sentinel%40one@db.example.com/polyvox'}")
+    assert "sentinel" not in repr(loaded.config)
+    told = loaded.redact("cannot reach postgresql://user:sentinel%40one@db.example.com/polyvox as user:sentinel@one")
+    assert "sentinel" not in told

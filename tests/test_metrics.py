@@ -7,16 +7,18 @@ import pytest
 
 from engines.spec import EngineSettings, FleetStatus, Simulation
 from proxy import errors, telemetry
-from proxy.accounting import StreamAccount
+from proxy.accounting import StreamAccount, Usage
 from proxy.api import MODEL_PATHS
 from proxy.balancer import Load
 from proxy.breaker import Breaker, Outcome, State
 from proxy.config import BreakerSettings, Config, EndpointSettings, ModelSettings, Server
+from proxy.cost import Hosting, Price
 from proxy.errors import ConnectFailed, DeadlinePassed, PoolTimeout, UnknownModel, WrongKey
 from proxy.metrics import Metrics, shared_memory
+from proxy.prices import Prices
 from proxy.registry import build
 from proxy.relay import Exchange
-from proxy.telemetry import RequestFinished, RequestStarted
+from proxy.telemetry import AttemptFailed, RequestFinished, RequestStarted
 from tests.scraping import Page
 
 CONFIG = Config(
@@ -153,6 +155,9 @@ class Recorded:
     def started(self, event: RequestStarted) -> None:
         self.under_way += 1
 
+    def failed(self, event: AttemptFailed) -> None:
+        self.under_way -= 1
+
     def finished(self, event: RequestFinished) -> None:
         self.under_way -= bool(event.endpoint)
         self.events.append(event)
@@ -277,3 +282,113 @@ def test_a_deadline_that_passes_in_an_answer_says_nothing_good_of_the_endpoint(s
     asyncio.run(exchange.close())
     breaker.record(Outcome.FAILURE, clock(), breaker.begin(clock()))
     assert breaker.state is State.OPEN
+
+
+HOSTED = Config(
+    server=Server(workers=2),
+    models={
+        "local": ModelSettings(
+            engine=EngineSettings(simulator=Simulation(), replicas=2), hosting=Hosting(usd_per_hour=3600.0)
+        )
+    },
+)
+
+
+def test_an_engine_is_busy_while_any_worker_has_a_request_there(clock: Clock):
+    memory = shared_memory()
+    try:
+        one, two = (Metrics(HOSTED, number, memory, clock) for number in (0, 1))
+        one.started(RequestStarted("local", "local/0"))
+        clock.tick(1.0)
+        two.started(RequestStarted("local", "local/0"))
+        clock.tick(2.0)
+        one.finished(finished(tokens_in=10, tokens_cached=10, tokens_out=100))
+        clock.tick(4.0)
+        two.finished(finished(tokens_in=0, tokens_cached=0, tokens_out=50))
+        clock.tick(100.0)
+        one.started(RequestStarted("local", "local/0"))
+        clock.tick(8.0)
+        one.failed(AttemptFailed("local", "local/0", "connect_failed"))
+        for metrics in (one, two):
+            busy, done = metrics.throughput("local", "local/0")
+            assert busy == pytest.approx(15.0, rel=0.01)
+            assert done == pytest.approx(150 * 4.0, rel=0.01)
+        assert one.throughput("local", "local/1") == (0.0, 0.0)
+    finally:
+        os.close(memory)
+
+
+def test_the_tokens_of_a_hosted_engine_cost_what_its_machine_does(clock: Clock):
+    metrics = Metrics(HOSTED, clock=clock)
+    prices = Prices(HOSTED, metrics.throughput)
+    usage = Usage(tokens_in=0, tokens_out=100)
+    assert prices.cost("local", "local/0", usage) is None
+    metrics.started(RequestStarted("local", "local/0"))
+    clock.tick(2.0)
+    metrics.finished(finished(tokens_in=0, tokens_cached=0, tokens_out=100))
+    assert prices.cost("local", "local/0", usage) == pytest.approx(2.0)
+    assert prices.cost("local", "local/1", usage) is None
+
+
+def test_what_is_known_to_cost_something_is_added_up():
+    metrics = Metrics(CONFIG)
+    for usd in (0.25, None, 0.5):
+        metrics.finished(finished(usd=usd))
+    assert page_of(metrics).value("polyvox_cost_usd_total", **LOCAL) == 0.75
+
+
+def priced(sink: Recorded, clock: Clock) -> Exchange:
+    models = {name: ModelSettings(endpoints=(EndpointSettings("http://x/v1"),) * 2, price=Price(input=price, output=10))
+              for name, price in (("one", 1), ("two", 2))}  # fmt: skip
+    exchange = Exchange(sink, "chat", clock, Prices(Config(models=models)))
+    exchange.received()
+    return exchange
+
+
+def test_each_endpoint_that_has_read_the_prompt_of_a_stream_is_paid(sink: Recorded, clock: Clock):
+    exchange, account = priced(sink, clock), StreamAccount()
+
+    async def scenario() -> None:
+        for model in ("one", "two"):
+            exchange.model = model
+            exchange.begin(f"{model}/0")
+            exchange.answered(FakeAnswer())  # type: ignore[arg-type]
+            exchange.passes(account, streamed=True)
+            exchange.token()
+            if model == "one":
+                await exchange.retreat(ConnectFailed(), Outcome.FAILURE)
+        account.feed(STREAM)
+        exchange.complete()
+        await exchange.close()
+
+    asyncio.run(scenario())
+    (event,) = sink.events
+    assert event.usd == pytest.approx((11 * 2 + 11 * 1 + 5 * 10) / 1e6)
+    assert event.attempts == 2
+
+
+def test_an_attempt_that_gave_nothing_costs_nothing_more(sink: Recorded, clock: Clock):
+    exchange, account = priced(sink, clock), StreamAccount()
+
+    async def scenario() -> None:
+        exchange.model = "one"
+        exchange.begin("one/0")
+        await exchange.retreat(ConnectFailed(), Outcome.FAILURE)
+        exchange.begin("one/1")
+        exchange.passes(account, streamed=True)
+        account.feed(STREAM)
+        await exchange.close()
+
+    asyncio.run(scenario())
+    assert sink.events[0].usd == pytest.approx((11 + 50) / 1e6)
+
+
+def test_tokens_that_nobody_told_have_no_known_cost_and_a_refusal_has_none(sink: Recorded, clock: Clock):
+    for status, usd in ((200, None), (429, 0.0)):
+        exchange, answer = priced(sink, clock), FakeAnswer()
+        answer.status = status
+        exchange.model = "one"
+        exchange.begin("one/0")
+        exchange.answered(answer)  # type: ignore[arg-type]
+        asyncio.run(exchange.close())
+        assert sink.events[-1].usd == usd

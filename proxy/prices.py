@@ -1,0 +1,51 @@
+"""The price of each endpoint, as far as it is known."""
+
+from collections.abc import Callable, Mapping
+
+from proxy.accounting import Usage
+from proxy.config import Config
+from proxy.cost import Price, Tariff, cost, hosted
+
+Throughput = Callable[[str, str], tuple[float, float]]  # model, endpoint -> seconds busy, work done in them
+
+
+def _nothing(model: str, endpoint: str) -> tuple[float, float]:
+    return 0.0, 0.0
+
+
+class Prices:
+    """What the configuration says; what is learned of clouds; what is worked out for engines."""
+
+    def __init__(self, config: Config, throughput: Throughput = _nothing) -> None:
+        self._throughput = throughput
+        self._hosting = {name: m.hosting.usd_per_hour for name, m in config.models.items() if m.hosting}
+        self._engines = [(name, config.models[name].endpoint_names(name)) for name in self._hosting]
+        # All mutable state: the tariff of each endpoint that has one.
+        self._tariffs = {
+            endpoint: Tariff(model.price)
+            for name, model in config.models.items()
+            if model.price
+            for endpoint in model.endpoint_names(name)
+        }
+
+    def __repr__(self) -> str:
+        return f"<Prices of {len(self._tariffs)} endpoints, {len(self._hosting)} models to work out>"
+
+    def learn(self, tariffs: Mapping[str, Tariff]) -> None:
+        """Add tariffs by the names of endpoints. The configuration's stay."""
+        self._tariffs = {**tariffs, **self._tariffs}
+
+    def cost(self, model: str, endpoint: str, usage: Usage) -> float | None:
+        """Return the USD that tokens cost at an endpoint, None if the price is not known."""
+        tariff = self._tariffs.get(endpoint)
+        if tariff is not None:
+            return cost(tariff.at(usage.tokens_in) if tariff.long else tariff.base, usage)
+        if model not in self._hosting:
+            return None
+        price = hosted(self._hosting[model], *self._throughput(model, endpoint))
+        return None if price is None else cost(price, usage)
+
+    def known(self) -> list[Price]:
+        """Return the prices as they are now, those of long prompts aside."""
+        now = [hosted(self._hosting[m], *self._throughput(m, e)) for m, endpoints in self._engines for e in endpoints]
+        return [*(tariff.base for tariff in self._tariffs.values()), *(price for price in now if price)]
