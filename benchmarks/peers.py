@@ -161,7 +161,9 @@ def _start_ours(program: Path, s: Setting) -> Start:
     config = s.folder / "polyvox.yaml"
     endpoints = [{"base_url": f"{o}/v1", "model": MODEL} for o in s.upstreams]
     server = {"api_keys": [KEY], "workers": s.workers}
-    settings = {"server": server, "models": {"served": {"endpoints": endpoints}}, "aliases": {MODEL: "served"}}
+    models = {"served": {"endpoints": endpoints}}
+    # No other proxy here keeps a ledger.
+    settings = {"server": server, "models": models, "aliases": {MODEL: "served"}, "ledger": "off"}
     config.write_text(json.dumps(settings))
     words = ("serve", "--config", str(config), "--port", str(s.port), "--state-dir", str(s.folder / "state"))
     return Start((str(program), *words))
@@ -202,7 +204,7 @@ PEERS = (
     ),
     Peer(
         OURS,
-        "keys, alias, two endpoints",
+        "keys, alias, two endpoints, no ledger",
         lambda: Path(sys.executable).with_name("polyvox"),
         _start_ours,
         scales=True,

@@ -425,6 +425,8 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
 def _ledger(value: Any, source: _Source) -> LedgerSettings | bool:
     if isinstance(value, bool):
         return value
+    if value in ("off", "on"):  # as JSON and the environment say it
+        return value == "on"
     if value is not None and not isinstance(value, dict):
         raise source.error(("ledger",), "expected off, or a mapping with url and journal_bytes")
     return _convert(value or {}, LedgerSettings, ("ledger",), source)
