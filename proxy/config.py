@@ -426,7 +426,7 @@ def _ledger(value: Any, source: _Source) -> LedgerSettings | bool:
     if isinstance(value, bool):
         return value
     if value in ("off", "on"):  # as JSON and the environment say it
-        return value == "on"
+        return bool(value == "on")
     if value is not None and not isinstance(value, dict):
         raise source.error(("ledger",), "expected off, or a mapping with url and journal_bytes")
     return _convert(value or {}, LedgerSettings, ("ledger",), source)
