@@ -582,3 +582,40 @@ def test_an_engine_that_was_started_again_has_no_past():
                 assert said(await proxy.ask()) == "fresh"
 
     run(tell())
+
+
+# Models that are full.
+
+
+def test_a_request_that_finds_its_model_full_goes_along_the_chain_at_once():
+    async def tell() -> None:
+        async with upstream([Step.STALL, *plain("late")]) as a, upstream(plain("spare")) as b:
+            full = ModelSettings(endpoints=(endpoint(a.address, max_in_flight=1),))
+            async with proxying(Config(models={"m": full, "n": model(b.address)}, fallbacks={"m": ("n",)})) as proxy:
+                first = asyncio.create_task(proxy.ask())
+                await eventually(lambda: len(a.requests) == 1)
+                other = await proxy.ask()
+                assert (said(other), other.headers["x-polyvox-model"]) == ("spare", "n")
+                assert other.headers["x-polyvox-fallback-level"] == "1"
+                a.release()
+                assert said(await first) == "late"
+
+    run(tell())
+
+
+def test_where_the_chain_is_full_as_well_a_request_waits_for_its_own_model():
+    async def tell() -> None:
+        late, spare = plain("late"), plain("spare")
+        async with upstream([Step.STALL, *late], late) as a, upstream([Step.STALL, *spare]) as b:
+            places = (("m", a.address), ("n", b.address))
+            models = {name: ModelSettings(endpoints=(endpoint(at, max_in_flight=1),)) for name, at in places}
+            async with proxying(Config(models=models, fallbacks={"m": ("n",)})) as proxy:
+                asking = [asyncio.create_task(proxy.ask()) for _ in range(3)]
+                await eventually(lambda: len(a.requests) == len(b.requests) == 1)
+                await eventually(lambda: proxy.page().value("polyvox_num_requests_waiting") == 1)
+                a.release()
+                await eventually(lambda: len(a.requests) == 2)
+                b.release()
+                assert sorted([said(await asked) for asked in asking]) == ["late", "late", "spare"]
+
+    run(tell())
