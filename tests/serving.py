@@ -52,6 +52,14 @@ class Footprint(msgspec.Struct, frozen=True):
         return process in self.processes or _mark(process) in self.marks
 
 
+def command(process: psutil.Process) -> str:
+    """Return the command line of a process. One that was killed is a zombie for a moment, and has none any more."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.ZombieProcess, psutil.NoSuchProcess):
+        return ""
+
+
 class Server(msgspec.Struct, frozen=True):
     """A running `polyvox serve`: its address, its folders, its process and where that writes."""
 
@@ -82,14 +90,14 @@ class Server(msgspec.Struct, frozen=True):
         assert values, f"the engine of {model} has no metric {name}"
         return sum(map(float, values))
 
-    def processes(self, model: str) -> list[psutil.Process]:
-        """Return the processes of the engine of a model, found below the server by their mark."""
+    def processes(self, engine: str) -> list[psutil.Process]:
+        """Return the processes of the engine of a model, or of MODEL/REPLICA, found below the server by their mark."""
         below = self.process.children(recursive=True)
-        return [p for p in below if (_mark(p) or "").partition(":")[2].startswith(f"{model}/")]
+        return [p for p in below if ((_mark(p) or "").partition(":")[2] + "/").startswith(f"{engine}/")]
 
-    def core(self, model: str) -> psutil.Process:
-        """Return the process of the engine of a model that does the work: the child of vLLM's API server."""
-        (core,) = (p for p in self.processes(model) if "EngineCore" in " ".join(p.cmdline()))
+    def core(self, engine: str) -> psutil.Process:
+        """Return the process of an engine that does the work: the child of vLLM's API server."""
+        (core,) = (p for p in self.processes(engine) if "EngineCore" in command(p))
         return core
 
     def footprint(self) -> Footprint:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.serving import Server, eventually, free_port, serve, start, stop, wait_until_ready
+from tests.serving import Server, command, eventually, free_port, serve, start, stop, wait_until_ready
 
 FAST = {"time_to_first_token": 0.0, "time_per_token": 0.0, "tokens": 8}
 SLOW = {"time_to_first_token": 0.0, "time_per_token": 0.05, "tokens": 2000}
@@ -372,7 +372,7 @@ def test_a_hundred_clients_are_served_at_once(http: httpx2.Client, server: Serve
 
 def test_a_worker_that_dies_is_replaced_and_engines_do_not_notice(server: Server, http: httpx2.Client):
     def workers() -> set[int]:
-        return {p.pid for p in server.process.children() if "proxy.worker" in " ".join(p.cmdline())}
+        return {p.pid for p in server.process.children() if "proxy.worker" in command(p)}
 
     engines = {e.id: e.pid for e in server.fleet().values()}
     before = workers()
@@ -393,7 +393,7 @@ def test_no_secret_is_in_what_the_server_shows(server: Server, http: httpx2.Clie
     shown += [repr(server.fleet()), server.log()]
     shown += [file.read_text(errors="replace") for file in server.paths.logs.glob("*.log")]
     for p in (server.process, *server.process.children(recursive=True)):
-        shown += [" ".join(p.cmdline()), json.dumps(p.environ())]
+        shown += [command(p), json.dumps(p.environ())]
     assert not [text for text in shown if KEY in text or UPSTREAM_KEY in text]
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.scraping import Page
-from tests.serving import Server, eventually, serve
+from tests.serving import Server, command, eventually, serve
 
 KEY, ADMIN_KEY = "sk-sentinel-client", "sk-sentinel-admin"
 FAST = {"time_to_first_token": 0.0, "time_per_token": 0.0, "tokens": 8}
@@ -38,7 +38,7 @@ def http(server: Server) -> Iterator[httpx2.Client]:
 
 
 def workers(server: Server) -> list[psutil.Process]:
-    return [p for p in server.process.children() if "proxy.worker" in " ".join(p.cmdline())]
+    return [p for p in server.process.children() if "proxy.worker" in command(p)]
 
 
 def scrape(server: Server) -> Page:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.fakes.one_worker import text_of
-from tests.serving import Server, eventually, serve
+from tests.serving import Server, command, eventually, serve
 
 ASK = {"messages": [{"role": "user", "content": "tell me"}], "temperature": 0}
 SPOKEN = 60
@@ -53,8 +53,8 @@ def whole(server: Server) -> str:
 def engine_of(server: Server, endpoint: str) -> psutil.Process:
     """Return the process that listens for an endpoint of the model `twice`."""
     name, replica = endpoint.split("/")
-    found = [p for p in server.processes(name) if "engines.simulator" in p.cmdline() and "--uds" in p.cmdline()]
-    (process,) = (p for p in found if re.search(rf"\b{replica}\.sock", " ".join(p.cmdline())))
+    found = [p for p in server.processes(name) if "engines.simulator" in command(p) and "--uds" in command(p)]
+    (process,) = (p for p in found if re.search(rf"\b{replica}\.sock", command(p)))
     return process
 
 
