@@ -4,7 +4,7 @@ One walk is for one request. An attempt is made at
 
 1. the endpoints of the model that was asked for, each once;
 2. those of the models of its chain, in their order;
-3. all of them once more, after a moment, where what was wrong may pass by itself;
+3. all of them again, after a moment, where what was wrong may pass by itself: three times, once for a broken stream;
 4. an engine that is starting, once it has started.
 
 What has been sent to an endpoint in vain is paid from the retry budget. Nothing is sent to the client before the first

@@ -3,7 +3,8 @@
 from proxy.config import RetrySettings
 
 _SAVED = 10.0  # seconds of the guaranteed rate that can be saved up; Finagle's ttl
-_BACKOFF = 0.25  # seconds; of the one time that the same endpoints are asked again
+ROUNDS = 3  # times that the same endpoints are asked again by one request
+_BACKOFF = 0.25  # seconds, at most, before the first of them
 
 
 class Budget:
@@ -42,6 +43,9 @@ class Budget:
         return True
 
 
-def backoff(chance: float) -> float:
-    """Return the seconds before the same endpoints are asked again: full jitter, as AWS' architects advise."""
-    return _BACKOFF * chance
+def backoff(times: int, chance: float) -> float:
+    """Return the seconds before the same endpoints are asked again for the first, second, ... time.
+
+    Exponential with full jitter, as AWS' architects advise.
+    """
+    return _BACKOFF * 2.0 ** (times - 1) * chance

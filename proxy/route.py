@@ -14,7 +14,7 @@ from proxy.length import Length
 from proxy.limits import Limits
 from proxy.probe import LiveRegistry
 from proxy.registry import Endpoint, Model
-from proxy.retries import backoff
+from proxy.retries import ROUNDS, backoff
 from proxy.transport import Transport
 
 Key = tuple[str, float]  # of a process at an endpoint: its name, and since when it is there
@@ -45,7 +45,8 @@ class Route:
     """The way of one request through the endpoints of its model and of the models of its chain."""
 
     __slots__ = (
-        "_again", "_chain", "_context", "_fields", "_length", "_tried", "_waited", "_ways", "model", "must_continue",
+        "_again", "_chain", "_context", "_fields", "_length", "_rounds", "_tried", "_waited", "_ways", "model",
+        "must_continue",
     )  # fmt: skip
 
     def __init__(self, ways: Ways, fields: Mapping[str, msgspec.Raw], model: Model, chain: Sequence[str]) -> None:
@@ -55,9 +56,11 @@ class Route:
         self._chain = chain
         # All mutable state: the model as the newest registry has it.
         self.model = model
-        # What was tried; of that, what may be asked again in a moment (None: it was); whether an engine was waited for.
+        # What was tried; of that, what may be asked again in a moment (None: often enough), and how often that was;
+        # whether an engine was waited for.
         self._tried: frozenset[Key] = _NONE
         self._again: frozenset[Key] | None = _NONE
+        self._rounds = 0
         self._waited = False
         # What an endpoint must have: a longer context than this, the ability to continue. How long the prompt is.
         self._context = 0
@@ -90,9 +93,10 @@ class Route:
         """Nothing may be asked now. Wait where that can help, and look again."""
         place = None
         if self._again:
-            await asyncio.sleep(backoff(self._ways.endpoints.chance()))
+            self._rounds += 1
+            await asyncio.sleep(backoff(self._rounds, self._ways.endpoints.chance()))
             self._tried -= self._again
-            self._again = None
+            self._again = _NONE if self._rounds < ROUNDS else None
             place = self._look_again()
         if place is None and not self._waited and self._is_starting():
             self._waited = True
@@ -121,6 +125,7 @@ class Route:
         """What was tried before is as good as any, but for one that has just broken. again: so may that be, later."""
         self._tried, self._waited = frozenset((_key(broken),)), False
         self._again = self._tried if again else _NONE
+        self._rounds = ROUNDS - 1  # a client is reading: it is asked once
 
     def is_too_long_for(self, model: Model) -> bool:
         """Say whether the prompt may be too long for a model; if so, only longer ones are found from now on."""

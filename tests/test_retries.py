@@ -42,7 +42,8 @@ def test_the_guaranteed_rate_comes_back_with_time():
 
 @given(st.floats(0, 1))
 def test_a_backoff_has_full_jitter_and_is_short(chance):
-    assert 0 <= backoff(chance) <= 0.25
+    assert 0 <= backoff(1, chance) <= 0.25
+    assert 0 <= backoff(3, chance) <= 1.0
 
 
 def length(**fields: object) -> Length:
