@@ -2,13 +2,14 @@
 
 import msgspec
 
-from proxy import accounting, forbidden, limits, reply, wire
+from proxy import accounting, forbidden, limits, wire
 from proxy.deadline import Deadline
 from proxy.fallback import Walk
 from proxy.providers import Asked
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
+from proxy.transport import content_type
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -44,8 +45,9 @@ class Chat:
         2. Find the model behind the name, refuse what it may not be asked.
         3. Walk from endpoint to endpoint until one answers, under the name that was asked for.
         """
-        form = request.path in _FORMS and reply.content_type(request.headers).startswith(b"multipart/form-data")
-        envelope = wire.read_form(request.body, _content_type(request)) if form else wire.read_json(request.body)
+        kind = content_type(request.headers) if request.path in _FORMS else b""
+        form = kind.lower().startswith(b"multipart/form-data")
+        envelope = wire.read_form(request.body, kind) if form else wire.read_json(request.body)
         registry = self._ways.live.current
         model = registry.resolve(envelope.model)
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
@@ -56,10 +58,6 @@ class Chat:
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
         chain = registry.chains.get(envelope.model, ())
         return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
-
-
-def _content_type(request: Incoming) -> bytes:
-    return next((value for name, value in request.headers if name == b"content-type"), b"")
 
 
 def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:

@@ -249,7 +249,7 @@ class Walk:
             return False
         while place := self._route.find() or await self._later():
             try:
-                await self._go_on(reply, continuation, place)
+                await self._go_on(reply, continuation, resumed, place)
             except (UpstreamError, RequestError) as error:
                 await self._leave(error, said := failures.verdict(error, of_chain=place.level > 0))
                 if not self._may_go_on(said):
@@ -258,8 +258,7 @@ class Walk:
                 return True
         return False
 
-    async def _go_on(self, reply: Reply, continuation: Continuation, place: Place) -> None:
-        body = continuation.resume(self._asked.body) or self._asked.body
+    async def _go_on(self, reply: Reply, continuation: Continuation, body: bytes, place: Place) -> None:
         answer, _, hide_usage = await self._send(place, msgspec.structs.replace(self._asked, body=body))
         if answer.status != 200 or not replies.is_stream(answer):
             raise BadGateway("The upstream does not continue what another one began.")

@@ -10,7 +10,7 @@ from proxy.relay import Exchange
 from proxy.renaming import EventRenamer
 from proxy.splice import Splice
 from proxy.telemetry import FIRST_TOKEN
-from proxy.transport import Answer
+from proxy.transport import Answer, content_type
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -147,7 +147,7 @@ async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_
     when it is whole, or of a large one that needs no change as it comes.
     """
     headers = [(name, value) for name, value in answer.headers if name not in _SERVERS_OWN]
-    kind = content_type(headers)
+    kind = content_type(headers).lower()
     if answer.status >= 400:
         return await _error(answer, exchange, headers)
     if kind.startswith(_EVENT_STREAM):
@@ -212,7 +212,7 @@ def refusal(status: int, document: bytes, exchange: Exchange) -> Reply:
 
 def is_stream(answer: Answer) -> bool:
     """Say whether an answer is an event stream."""
-    return content_type(answer.headers).startswith(_EVENT_STREAM)
+    return content_type(answer.headers).lower().startswith(_EVENT_STREAM)
 
 
 async def _gather(answer: Answer, limit: int) -> tuple[bytes, bool]:
@@ -238,14 +238,6 @@ def _can_be_json(document: bytes) -> bool:
         return True
     text = document.strip()
     return (text[:1], text[-1:]) in ((b"{", b"}"), (b"[", b"]"))
-
-
-def content_type(headers: Headers) -> bytes:
-    """Return the value of Content-Type in lower case, or b""."""
-    for name, value in headers:
-        if name == b"content-type":
-            return value.lower()
-    return b""
 
 
 def with_length(headers: Headers, length: int) -> Headers:

@@ -14,8 +14,3 @@ def upstream_headers(asked: Asked) -> Headers:
     headers = [header for header in asked.headers if header[0] in _PASSED]
     headers.append((b"x-request-id", asked.request_id))
     return headers
-
-
-def content_type(asked: Asked) -> bytes:
-    """Return the client's Content-Type as it was sent, or b""."""
-    return next((value for name, value in asked.headers if name == b"content-type"), b"")

@@ -12,9 +12,9 @@ from proxy import accounting, wire
 from proxy.config import EndpointSettings
 from proxy.errors import PathNotServed, WrongSetting
 from proxy.providers import Asked, Outgoing
-from proxy.providers.headers import content_type, upstream_headers
+from proxy.providers.headers import upstream_headers
 from proxy.registry import Endpoint
-from proxy.transport import Answer, Headers
+from proxy.transport import Answer, Headers, content_type
 
 # The paths of vLLM whose requests take a cache_salt.
 _SALTED = frozenset(
@@ -72,7 +72,7 @@ def outgoing(asked: Asked, endpoint: Endpoint, path: bytes, headers: Headers) ->
 
 
 def _named(body: bytes, asked: Asked, name: str) -> bytes:
-    return wire.set_form_model(body, content_type(asked), name) if asked.form else wire.set_model(body, name)
+    return wire.set_form_model(body, content_type(asked.headers), name) if asked.form else wire.set_model(body, name)
 
 
 def _salted(body: bytes, ours: str, theirs: msgspec.Raw | None) -> bytes:

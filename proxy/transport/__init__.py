@@ -100,6 +100,14 @@ class Head(NamedTuple):
     chunked: bool
 
 
+def content_type(headers: Headers) -> bytes:
+    """Return the value of Content-Type as it was sent, or b"". Names in `headers` are lower-case."""
+    for name, value in headers:
+        if name == b"content-type":
+            return value
+    return b""
+
+
 def check_target(method: bytes, path: bytes) -> None:
     """Raise InvalidRequest unless the two fit on a request line."""
     if not _TOKEN(method):

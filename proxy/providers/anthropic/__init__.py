@@ -18,7 +18,7 @@ from proxy.providers.anthropic.stream import Stream
 from proxy.providers.headers import upstream_headers
 from proxy.providers.translated import Document, Translated, Translation
 from proxy.registry import Endpoint
-from proxy.transport import Answer, Headers
+from proxy.transport import Answer, Headers, content_type
 
 _VERSION = "2023-06-01"
 _CHAT = "/v1/chat/completions"
@@ -65,7 +65,7 @@ class Anthropic:
         created = int(self._clock())
         if answer.status >= 400:
             return b"application/json", Document(lambda body: error(body, answer.status))
-        if _content_type(answer.headers).startswith(b"text/event-stream"):
+        if content_type(answer.headers).lower().startswith(b"text/event-stream"):
             return b"text/event-stream; charset=utf-8", Stream(created)
         return b"application/json", Document(lambda body: completion(body, created))
 
@@ -81,7 +81,3 @@ def _headers(asked: Asked, endpoint: Endpoint) -> Headers:
 
 def _path(native: str, endpoint: Endpoint) -> bytes:
     return ((endpoint.base_path or "").removesuffix("/v1") + native).encode()
-
-
-def _content_type(headers: Headers) -> bytes:
-    return next((value.lower() for name, value in headers if name == b"content-type"), b"")
