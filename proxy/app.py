@@ -97,7 +97,7 @@ def make_books(config: Config, folder: Path, prices: Prices) -> Books | None:
 
 def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:
     """Return the part of a worker in the memory behind a descriptor, in which all see each other's load."""
-    names = {name: model.endpoint_names(name) for name, model in config.models.items()}
+    names = config.endpoint_names()
     learning = [name for name in names if len(names[name]) > 1 and config.models[name].balance == "predicted_ttft"]
     return Board(names, learning, config.server.workers, worker, memory)
 
@@ -109,8 +109,7 @@ def make_admission(config: Config, balancer: Balancer, sink: Sink) -> Admission:
 
 def make_balancer(config: Config, board: Board) -> Balancer:
     """Return the balancer of a configuration's endpoints."""
-    names = {name: model.endpoint_names(name) for name, model in config.models.items()}
-    return Balancer(names, {name: model.balance for name, model in config.models.items()}, board)
+    return Balancer(config.endpoint_names(), {name: model.balance for name, model in config.models.items()}, board)
 
 
 def _make_transport(address: str) -> Transport:

@@ -210,6 +210,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return LedgerSettings() if self.ledger else None
         return self.ledger
 
+    def endpoint_names(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the endpoints of each model: see ModelSettings.endpoint_names."""
+        return {name: model.endpoint_names(name) for name, model in self.models.items()}
+
     def engines(self) -> tuple[EngineSpec, ...]:
         """Return one spec for each engine process: every replica of every local model."""
         return tuple(

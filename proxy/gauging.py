@@ -47,7 +47,7 @@ async def _follow_one(
     chance: Chance,
 ) -> None:
     while True:
-        endpoint = next((e for e in live.current.models[model].ready() if e.name == name), None)
+        endpoint = live.current.ready_endpoint(model, name)
         said = await _ask(endpoint, transport_to(endpoint)) if endpoint and endpoint.provider == "openai" else None
         balancer.told(model, name, said)
         unknown = said is None and endpoint is not None and endpoint.base_path is not None

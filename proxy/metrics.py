@@ -103,7 +103,7 @@ class Layout:
     """Where the doubles of a worker are: gauges of endpoints and queues, each series, the row of each endpoint."""
 
     def __init__(self, config: Config) -> None:
-        names = {name: model.endpoint_names(name) for name, model in config.models.items()}
+        names = config.endpoint_names()
         operations = (*dict.fromkeys(OPERATIONS.values()), OTHER)
         keys = [(UNKNOWN, "", o) for o in operations]
         keys += [(m, e, o) for m, endpoints in names.items() for e in ("", *endpoints) for o in operations]

@@ -52,14 +52,9 @@ class Recovery:
         """Check an endpoint until its breaker is closed; while a trial is under way, that tells more."""
         while breaker.state is not State.CLOSED:
             await asyncio.sleep(self._interval * (0.5 + self._endpoints.chance()))
-            now = self._current(endpoint)
+            now = self._live.current.ready_endpoint(endpoint.model, endpoint.name)
             if now is not None and breaker.state is State.OPEN and await self._is_healthy(now):
                 breaker.recovered(self._endpoints.clock())
-
-    def _current(self, endpoint: Endpoint) -> Endpoint | None:
-        """Return the endpoint as the newest registry has it, None while it takes no requests."""
-        model = self._live.current.models.get(endpoint.model)
-        return next((e for e in model.ready() if e.name == endpoint.name), None) if model else None
 
     async def _is_healthy(self, endpoint: Endpoint) -> bool:
         """Ask for health, and a server of others for its models: there, all but a 5xx shows that it is alive.

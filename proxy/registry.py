@@ -95,6 +95,11 @@ class Registry(msgspec.Struct, frozen=True):
             raise UnknownModel(name, difflib.get_close_matches(name, self.names(), n=3, cutoff=0.5))
         return model
 
+    def ready_endpoint(self, model: str, name: str) -> Endpoint | None:
+        """Return an endpoint of a model, None while it takes no requests."""
+        found = self.models.get(model)
+        return next((e for e in found.ready() if e.name == name), None) if found else None
+
     def names(self) -> list[str]:
         """Return every name that can be asked for: models first, then aliases."""
         return [*self.models, *self.aliases]
