@@ -3,6 +3,8 @@
 import msgspec
 
 from proxy import accounting, forbidden, limits, wire
+from proxy.cache import wish
+from proxy.cached import Cached
 from proxy.deadline import Deadline
 from proxy.fallback import Walk
 from proxy.providers import Asked
@@ -32,8 +34,10 @@ class Incoming(msgspec.Struct, frozen=True):
 class Chat:
     """Answers requests for models."""
 
-    def __init__(self, ways: Ways) -> None:
+    def __init__(self, ways: Ways, cached: Cached | None = None) -> None:
+        """cached: of a server that keeps answers."""
         self._ways = ways
+        self._cached = cached
 
     def __repr__(self) -> str:
         return f"<Chat {self._ways.endpoints!r}>"
@@ -43,7 +47,8 @@ class Chat:
 
         1. Read the few fields that decide where it goes.
         2. Find the model behind the name, refuse what it may not be asked.
-        3. Walk from endpoint to endpoint until one answers, under the name that was asked for.
+        3. Give an answer that is kept, or that others wait for.
+        4. Walk from endpoint to endpoint until one answers, under the name that was asked for.
         """
         kind = content_type(request.headers) if request.path in _FORMS else b""
         form = kind.lower().startswith(b"multipart/form-data")
@@ -57,13 +62,28 @@ class Chat:
         if envelope.stream and (options := envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
         chain = registry.chains.get(envelope.model, ())
-        return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        field = envelope.fields.get("cache")
+        if field is not None:
+            asked = _without_cache(asked)
+        if self._cached is None:
+            return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        wanted = wish.read(request.headers, field)
+        return await self._cached.answer(asked, model, chain, exchange, request.deadline, wanted)
 
 
 def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
     return Asked(
         request.path, request.query, request.headers, request.body, envelope, request.request_id, form, request.salt
     )
+
+
+def _without_cache(asked: Asked) -> Asked:
+    """Take out what a request says of our cache, of which no engine knows."""
+    if asked.form:
+        return asked
+    fields = {name: value for name, value in asked.envelope.fields.items() if name != "cache"}
+    envelope = msgspec.structs.replace(asked.envelope, fields=fields)
+    return msgspec.structs.replace(asked, body=wire.without_field(asked.body, "cache"), envelope=envelope)
 
 
 def _without_cost(asked: Asked, stream_options: bytes) -> tuple[Asked, bool]:
