@@ -8,6 +8,7 @@ from proxy.cached import Cached
 from proxy.deadline import Deadline
 from proxy.fallback import Walk
 from proxy.providers import Asked
+from proxy.registry import Model, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -19,7 +20,10 @@ _FORMS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations"))
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A request as it reached us, its body whole. salt: see auth.Caller. deadline: when its client will be gone."""
+    """A request as it reached us, its body whole.
+
+    salt, models: see auth.Caller. deadline: when its client will be gone.
+    """
 
     method: str
     path: str
@@ -29,6 +33,7 @@ class Incoming(msgspec.Struct, frozen=True):
     request_id: bytes
     salt: str | None = None
     deadline: Deadline | None = None
+    models: frozenset[str] | None = None
 
 
 class Chat:
@@ -54,7 +59,9 @@ class Chat:
         form = kind.lower().startswith(b"multipart/form-data")
         envelope = wire.read_form(request.body, kind) if form else wire.read_json(request.body)
         registry = self._ways.live.current
-        model = registry.resolve(envelope.model)
+        target = registry.resolve(envelope.model, request.models)
+        of = target.of if isinstance(target, Preset) else target
+        model = of if isinstance(of, Model) else registry.models[of.members[0]]
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
         forbidden.check(envelope.fields, model.policy, self._ways.limits)
         exchange.model, exchange.alias = model.name, envelope.model
