@@ -44,7 +44,9 @@ class Proxy:
         admission = make_admission(config, self.balancer, self.metrics)
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
-        self.cached = make_cached(config, ways, Bulletin())
+        bulletin = Bulletin()
+        self.metrics.stores = bulletin.all
+        self.cached = make_cached(config, ways, bulletin)
         prices = Prices(config)
         api = Api(Chat(ways, self.cached), self.live, self.metrics, config.server, prices, cached=self.cached)
         self.app = build_app(api, [], [])
