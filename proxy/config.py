@@ -448,7 +448,8 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
         },
         routing=_convert(data.get("routing") or {}, RoutingSettings, ("routing",), source),
         rules=_convert(data.get("rules") or (), tuple[Rule, ...], ("rules",), source),
-        ledger=_ledger(data.get("ledger"), source),
+        ledger=_unless_off(data.get("ledger"), LedgerSettings, ("ledger",), source),
+        cache=_unless_off(data.get("cache"), CacheSettings, ("cache",), source),
         fallbacks={
             name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
             for name, chain in _section(data, "fallbacks", source)
@@ -462,14 +463,16 @@ def _alias(value: Any, path: tuple[str | int, ...], source: _Source) -> str | Al
     )
 
 
-def _ledger(value: Any, source: _Source) -> LedgerSettings | bool:
+def _unless_off(value: Any, kind: type[T], path: tuple[str | int, ...], source: _Source) -> T | bool:
+    """Return a section that may be on or off instead; on where it is left out."""
     if isinstance(value, bool):
         return value
     if value in ("off", "on"):  # as JSON and the environment say it
         return bool(value == "on")
     if value is not None and not isinstance(value, dict):
-        raise source.error(("ledger",), "expected off, or a mapping with url and journal_bytes")
-    return _convert(value or {}, LedgerSettings, ("ledger",), source)
+        keys = ", ".join(_fields_at(kind, ()))
+        raise source.error(path, f"expected on, off, or a mapping of {keys}")
+    return _convert(value or {}, kind, path, source)
 
 
 def _section(data: dict[str, Any], name: str, source: _Source) -> Iterator[tuple[str, Any]]:
