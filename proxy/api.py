@@ -149,16 +149,9 @@ class Api:
         if body is None:
             return
         visit.exchange.received()
-        request = Incoming(
-            method=scope["method"],
-            path=scope["path"].rstrip("/"),
-            query=scope["query_string"],
-            headers=cast(Headers, scope["headers"]),
-            body=body,
-            request_id=visit.request_id,
-            salt=visit.caller.salt,
-            deadline=deadline,
-        )
+        path, query, headers = scope["path"].rstrip("/"), scope["query_string"], cast(Headers, scope["headers"])
+        salt = visit.caller.salt
+        request = Incoming(scope["method"], path, query, headers, body, visit.request_id, salt, deadline)
         await self._relay(request, send, visit.exchange)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:

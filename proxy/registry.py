@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,11 +54,12 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
-        if self.base_path is None:
-            return ours
-        if ours.startswith("/v1/"):
-            return self.base_path + ours[3:]
-        return self.base_path.removesuffix("/v1") + ours
+        return ours if self.base_path is None else _below(self.base_path, ours)
+
+
+@lru_cache(maxsize=1024)
+def _below(base: str, ours: str) -> str:
+    return base + ours[3:] if ours.startswith("/v1/") else base.removesuffix("/v1") + ours
 
 
 class Model(msgspec.Struct, frozen=True):
