@@ -22,6 +22,7 @@ from proxy.cost import Hosting, Price
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
 from proxy.limits import Limits
+from proxy.mistakes import dotted, located, unknown_key
 from proxy.naming import AUTO, AliasSettings
 from proxy.references import TASK, Names, no_such
 from proxy.rules import RoutingSettings, Rule
@@ -382,11 +383,6 @@ class _Source:
 _SCALARS = yaml.SafeLoader("")
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
-    """('models', 'a', 'endpoints', 0) -> 'models.a.endpoints[0]'."""
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-
-
 # The environment: POLYVOX_SERVER__PORT=9000 is server.port.
 
 
@@ -411,7 +407,7 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in environ:
         section = name.removeprefix("POLYVOX_").split("__")[0].lower()
         if name.startswith("POLYVOX_") and "__" in name and section not in Overrides.model_fields:
-            raise ConfigError(f"environment variable {name}: {_unknown(section, list(Overrides.model_fields))}")
+            raise ConfigError(f"environment variable {name}: {unknown_key(section, list(Overrides.model_fields))}")
     source = EnvSettingsSource(Overrides)
     source.env_vars = {k.lower(): v for k, v in environ.items()}
     return {name: value for name, value in source().items() if isinstance(value, dict)}
@@ -439,14 +435,11 @@ def _variable_form(key: str) -> str:
 
 # Building: section by section, so that an error can be laid on the right line.
 
-_ERROR_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?$", re.DOTALL)
-_PATH_STEP = re.compile(r"\.(?P<key>[^.\[\]]+)|\[(?P<index>\d+|\.\.\.)\]")
-
 
 def _build(data: dict[str, Any], source: _Source) -> Config:
     for key in data:
         if key not in Config.__struct_fields__:
-            raise source.error((key,), _unknown(key, Config.__struct_fields__))
+            raise source.error((key,), unknown_key(key, Config.__struct_fields__))
     return Config(
         server=_convert(data.get("server") or {}, Server, ("server",), source),
         limits=_convert(data.get("limits") or {}, Limits, ("limits",), source),
@@ -496,7 +489,8 @@ def _convert(value: Any, kind: type[T], path: tuple[str | int, ...], source: _So
     try:
         return msgspec.convert(value, kind, strict=False, dec_hook=_make_secret)
     except msgspec.ValidationError as e:
-        raise _located(e, kind, path, source) from None
+        inner, said = located(e, kind)
+        raise source.error((*path, *inner), said) from None
 
 
 def _make_secret(kind: type, value: object) -> Secret:
@@ -531,51 +525,6 @@ def _secret_schema(kind: type) -> dict[str, Any]:
     fields = {"key": text, "models": {"type": "array", "items": text, "minItems": 1}}
     limited = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
     return {"anyOf": [text, limited]}
-
-
-def _located(error: msgspec.ValidationError, kind: type, path: tuple[str | int, ...], source: _Source) -> ConfigError:
-    match = _ERROR_PATH.match(str(error))
-    assert match
-    steps = _PATH_STEP.finditer(match["path"] or "")
-    inner = tuple(int(s["index"]) if (s["index"] or "").isdigit() else s["key"] for s in steps)
-    inner = tuple(step for step in inner if step is not None)
-    unknown = re.match(r"Object contains unknown field `(.*)`", match["what"])
-    if unknown:
-        return source.error((*path, *inner, unknown[1]), _unknown(unknown[1], _fields_at(kind, inner)))
-    invalid = re.match(r"Invalid enum value (.*)", match["what"])
-    if invalid:
-        return source.error((*path, *inner), f"{invalid[1]} is none of {', '.join(_literals_at(kind, inner))}")
-    return source.error((*path, *inner), match["what"][0].lower() + match["what"][1:])
-
-
-def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
-    """Return the keys that the Struct at these steps below `kind` takes."""
-    info = _info_at(kind, steps)
-    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
-    return tuple(f.encode_name for f in fields)
-
-
-def _literals_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
-    """Return the words that may stand at these steps below `kind`."""
-    info = _info_at(kind, steps)
-    return tuple(map(str, info.values)) if isinstance(info, msgspec.inspect.LiteralType) else ()
-
-
-def _info_at(kind: Any, steps: tuple[str | int, ...]) -> msgspec.inspect.Type:
-    info = msgspec.inspect.type_info(kind)
-    for step in (*steps, None):
-        if isinstance(info, msgspec.inspect.UnionType):
-            info = next(t for t in info.types if not isinstance(t, msgspec.inspect.NoneType))
-        if isinstance(step, str) and isinstance(info, msgspec.inspect.StructType):
-            info = next(f.type for f in info.fields if f.name == step)
-        elif isinstance(step, int) and isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
-            info = info.item_type
-    return info
-
-
-def _unknown(key: str, known: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
 
 
 # Checks across fields.
@@ -677,7 +626,7 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
         raise source.error((*path, "hosting"), "give either price or hosting, from which a price is worked out")
     for i, field in enumerate(model.allow):
         if field not in ALLOWABLE:
-            raise source.error((*path, "allow", i), _unknown(field, sorted(ALLOWABLE)))
+            raise source.error((*path, "allow", i), unknown_key(field, sorted(ALLOWABLE)))
     if model.endpoints and not any(e.weight for e in model.endpoints):
         raise source.error((*path, "endpoints"), "all weights are 0, so nothing could be chosen")
 

@@ -24,6 +24,7 @@ from proxy.config import (
 from proxy.errors import UnknownModel
 from proxy.forbidden import Policy
 from proxy.naming import AUTO, AliasSettings, Prefer
+from proxy.rules import RoutingSettings, Rule
 from proxy.traits import Traits
 
 
@@ -108,12 +109,16 @@ class Registry(msgspec.Struct, frozen=True):
     """All that can be asked for, at one moment.
 
     aliases: what stands behind each name that is no model's, `auto` and its like included. chains: for each name that
-    can be asked for, and for each `task:NAME`, the models that answer when it cannot.
+    can be asked for, and for each `task:NAME`, the models that answer when it cannot. routing, rules, tasks: what the
+    router goes by, see Config.
     """
 
     models: dict[str, Model]
     aliases: dict[str, Target]
     chains: dict[str, tuple[str, ...]] = {}
+    routing: RoutingSettings = RoutingSettings()
+    rules: tuple[Rule, ...] = ()
+    tasks: Mapping[str, tuple[str, ...]] = {}
 
     def resolve(self, name: str, only: frozenset[str] | None = None) -> Target:
         """Return what a name stands for. Raises UnknownModel with close matches.
@@ -162,7 +167,14 @@ def build(config: Config, fleet: FleetStatus) -> Registry:
         name: _local(name, model, engines[name], config.server) if model.engine else _remote(name, model)
         for name, model in config.models.items()
     }
-    return Registry(models=models, aliases=_targets(config, models), chains=_chains(config))
+    return Registry(
+        models=models,
+        aliases=_targets(config, models),
+        chains=_chains(config),
+        routing=config.routing,
+        rules=config.rules,
+        tasks=config.tasks,
+    )
 
 
 def _targets(config: Config, models: dict[str, Model]) -> dict[str, Target]:
