@@ -28,7 +28,8 @@ class Exchange:
     __slots__ = (
         "_account", "_answer", "_begun", "_breaker", "_broken", "_clock", "_closed", "_error", "_first", "_lease",
         "_mark", "_overhead", "_prices", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_usd", "_whole",
-        "alias", "attempts", "endpoint", "key_id", "level", "model", "operation", "request_id", "resumed", "shows_cost",
+        "alias", "attempts", "endpoint", "key_id", "level", "model", "on_prompt", "operation", "request_id", "resumed",
+        "shows_cost",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +49,8 @@ class Exchange:
         self.key_id = ""
         self.alias = ""
         self.shows_cost = False  # in the usage of its stream
+        # Who is told the model that answered, and the tokens of its prompt:
+        self.on_prompt: Callable[[str, int], None] | None = None
         # Who answers, after how many models of a chain were passed over, at the which attempt:
         self.model = UNKNOWN
         self.endpoint = ""
@@ -183,6 +186,8 @@ class Exchange:
         finished = self._finished()
         well = self._whole and self._status < 400 and self._error is None
         self._settle(_SUCCESS if well else _NEUTRAL, finished.tokens_in)
+        if self.on_prompt and finished.tokens_in and not self._broken:
+            self.on_prompt(self.model, finished.tokens_in)
         try:
             self._sink.finished(finished)
         finally:

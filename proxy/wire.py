@@ -31,13 +31,16 @@ _encode = msgspec.json.Encoder().encode
 _MODEL = re.compile(rb'"model"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
 
 
-def read_json(body: bytes) -> Envelope:
-    """Read the envelope of a JSON body. Raises BadRequest naming the field or the byte that is wrong."""
+def read_json(body: bytes, model: str | None = None) -> Envelope:
+    """Read the envelope of a JSON body. Raises BadRequest naming the field or the byte that is wrong.
+
+    model: what it is where the body has none.
+    """
     name = None
     try:
         fields = _decode_object(body)
         name = "model"
-        model = _decode_text(fields.get("model", _NULL))
+        model = _decode_text(fields.get("model", _NULL)) or model
         name = "stream"
         stream = _decode_flag(fields.get("stream", _NULL))
     except msgspec.ValidationError as e:
