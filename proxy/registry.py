@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from engines.spec import EngineStatus, FleetStatus, State
+from proxy.capabilities import NOTHING, Capabilities, Findings, shared, subject_of
 from proxy.config import (
     BreakerSettings,
     Config,
@@ -31,7 +32,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     max_in_flight: requests that it gets at once, None for any number. pass_timeout: whether it is told how long the
     client still waits.
     continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
-    the next, its UNIX time of being ready.
+    the next, its UNIX time of being ready. capabilities: what else was found out of it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     options: Mapping[str, Any] = {}
     max_in_flight: int | None = None
     pass_timeout: bool = True
+    capabilities: Capabilities = Capabilities()
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
@@ -61,7 +63,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A model and its endpoints, with the state of the best of them."""
+    """A model and its endpoints, with the state of the best of them. capabilities: what all endpoints can do."""
 
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -72,6 +74,7 @@ class Model(msgspec.Struct, frozen=True):
     policy: Policy = Policy()
     breaker: BreakerSettings = BreakerSettings()
     retries: RetrySettings = RetrySettings()
+    capabilities: Capabilities = Capabilities()
 
     def ready(self) -> tuple[Endpoint, ...]:
         """Return the endpoints that take requests now."""
@@ -108,14 +111,16 @@ class Registry(msgspec.Struct, frozen=True):
 _BEST_FIRST: tuple[State, ...] = ("ready", "starting", "draining", "failed", "stopped")
 
 
-def build(config: Config, fleet: FleetStatus) -> Registry:
-    """Make the registry of a configuration and what the supervisor says of its engines."""
+def build(config: Config, fleet: FleetStatus, findings: Findings = NOTHING) -> Registry:
+    """Make the registry of a configuration, what the supervisor says of its engines, and what was found out."""
     engines: dict[str, list[EngineStatus]] = {name: [] for name in config.models}
     for status in fleet.engines:
         if status.model in engines:
             engines[status.model].append(status)
     models = {
-        name: _local(name, model, engines[name], config.server) if model.engine else _remote(name, model)
+        name: _local(name, model, engines[name], config.server, findings)
+        if model.engine
+        else _remote(name, model, findings)
         for name, model in config.models.items()
     }
     return Registry(models=models, aliases=config.aliases, chains=_chains(config))
@@ -127,11 +132,14 @@ def _chains(config: Config) -> dict[str, tuple[str, ...]]:
     return {alias: own[model] for alias, model in config.aliases.items() if model in own} | own
 
 
-def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], server: Server) -> Model:
+def _local(
+    name: str, model: ModelSettings, engines: Iterable[EngineStatus], server: Server, findings: Findings
+) -> Model:
     assert model.engine
     most = model.engine.max_in_flight
     ranked = sorted(engines, key=lambda status: _BEST_FIRST.index(status.state))
     best = ranked[0] if ranked else None
+    found = _found(findings, subject_of(model.engine, name), best.version if best else None)
     return Model(
         name=name,
         endpoints=tuple(
@@ -143,6 +151,8 @@ def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], ser
                 state=s.state,
                 max_in_flight=most,
                 since=s.since,
+                continues=found.continues is not False,
+                capabilities=found,
             )
             for s in ranked
             if s.address
@@ -154,24 +164,37 @@ def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], ser
         policy=Policy(frozenset(model.allow), frozenset(server.media_domains)),
         breaker=model.breaker,
         retries=model.retries,
+        capabilities=found,
     )
 
 
-def _remote(name: str, model: ModelSettings) -> Model:
-    endpoints = tuple(_endpoint(name, i, settings) for i, settings in enumerate(model.endpoints))
+def _found(findings: Findings, subject: str, version: str | None = None) -> Capabilities:
+    """Return what was found out of a subject, if that was of this version of its server."""
+    finding = findings.get(subject)
+    if finding is None or (version is not None and finding.version != version):
+        return Capabilities()
+    return finding.capabilities
+
+
+def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
+    endpoints = tuple(_endpoint(name, i, settings, findings) for i, settings in enumerate(model.endpoints))
+    capabilities = shared(e.capabilities for e in endpoints)
     policy = Policy(frozenset(model.allow), None)
     return Model(
         name=name,
         endpoints=endpoints,
         state="ready",
+        context_length=capabilities.context_length,
         timeouts=model.timeouts,
         policy=policy,
         breaker=model.breaker,
         retries=model.retries,
+        capabilities=capabilities,
     )
 
 
-def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
+def _endpoint(model: str, index: int, settings: EndpointSettings, findings: Findings) -> Endpoint:
+    found = _found(findings, subject_of(settings, model))
     parts = urlsplit(settings.base_url)
     return Endpoint(
         name=f"{model}/{index}",
@@ -181,11 +204,17 @@ def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
         base_path=parts.path.rstrip("/"),
         api_key=settings.api_key,
         weight=settings.weight,
-        stream_usage=settings.stream_usage,
-        continues=settings.provider == "anthropic" if settings.continues is None else settings.continues,
+        stream_usage=_first(settings.stream_usage, found.stream_usage, True),
+        continues=_first(settings.continues, found.continues, settings.provider == "anthropic"),
         provider=settings.provider,
         api_version=settings.api_version,
         options=settings.options,
         max_in_flight=settings.max_in_flight,
         pass_timeout=settings.pass_timeout,
+        capabilities=found,
     )
+
+
+def _first(configured: bool | None, found: bool | None, otherwise: bool) -> bool:
+    """Return what is configured, else what was found out, else what is likely."""
+    return next((said for said in (configured, found) if said is not None), otherwise)

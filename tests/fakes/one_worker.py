@@ -15,8 +15,8 @@ from proxy.app import make_admission, make_balancer, make_board
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
+from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
-from proxy.probe import LiveRegistry
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
