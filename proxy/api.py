@@ -30,9 +30,9 @@ from proxy.errors import (
 from proxy.ledger import usage
 from proxy.ledger.books import Books
 from proxy.ledger.recorder import Both
+from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry
 from proxy.registry import BEST_FIRST, Model, Preset, Registry
 from proxy.relay import Exchange
 from proxy.reply import Reply

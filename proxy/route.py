@@ -12,7 +12,7 @@ from proxy.endpoints import Endpoints, Standing
 from proxy.errors import EngineStopped, NotReady, RequestError, Unavailable
 from proxy.length import Length
 from proxy.limits import Limits
-from proxy.probe import LiveRegistry
+from proxy.live import LiveRegistry
 from proxy.registry import Endpoint, Model
 from proxy.retries import ROUNDS, backoff
 from proxy.transport import Transport
