@@ -138,7 +138,9 @@ def _check(case: Case, result: Result, counted: dict[str, float]) -> None:
 
 def results() -> dict[str, float]:
     """Return how many requests the cache did what for."""
-    request = urllib.request.Request(f"http://127.0.0.1:{PROXY_PORT}/metrics", headers={"authorization": f"Bearer {KEY}"})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{PROXY_PORT}/metrics", headers={"authorization": f"Bearer {KEY}"}
+    )
     with urllib.request.urlopen(request) as answer:
         text = answer.read().decode()
     found = re.findall(r'^polyvox_cache_requests_total\{.*result="(\w+)"\} (\S+)$', text, re.MULTILINE)

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import NamedTuple
 
 from litestar.types import ASGIApp
 
@@ -14,13 +15,15 @@ from proxy.cache.bulletin import Bulletin
 from proxy.cache.memory import MemoryStore
 from proxy.cache.settings import size
 from proxy.cached import Cached
+from proxy.capabilities import Folder
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
+from proxy.live import LiveRegistry, Sources, watch_findings, watch_fleet
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry, watch_fleet
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
@@ -29,23 +32,31 @@ from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
 
 
+class Places(NamedTuple):
+    """Where a worker finds what it shares: the supervisor's socket, and the folders of ledger and findings."""
+
+    control_socket: Path
+    ledger: Path
+    capabilities: Path
+
+
 class Worker:
     """What one worker process holds."""
 
-    def __init__(
-        self, config: Config, control_socket: Path, metrics: Metrics, board: Board, ledger: Path,
-        bulletin: Bulletin,
-    ) -> None:  # fmt: skip
-        """ledger: the folder of a server that keeps one."""
+    def __init__(self, config: Config, places: Places, metrics: Metrics, board: Board, bulletin: Bulletin) -> None:
         providers.prepare(config)
         self._config = config
         self._metrics = metrics
         self._board = board
         self._balancer = make_balancer(config, board)
-        self._supervisor = LocalTransport(f"unix:{control_socket}")
-        self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
+        self._supervisor = LocalTransport(f"unix:{places.control_socket}")
+        self._found = Folder(places.capabilities)
+        self._found_at = self._found.changed()
+        parts = config, FleetStatus(version=0), self._found.read()
+        self._live = LiveRegistry(registry.build(*parts))
+        self._sources = Sources(self._live, *parts)
         self._prices = Prices(config, metrics.throughput)
-        self._books = make_books(config, ledger, self._prices)
+        self._books = make_books(config, places.ledger, self._prices)
         self._endpoints = Endpoints(metrics)
         self._bulletin = bulletin
         metrics.stores = bulletin.all
@@ -65,14 +76,17 @@ class Worker:
         admission = make_admission(self._config, self._balancer, self._metrics)
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
         self._cached = make_cached(self._config, ways, self._bulletin)
-        chat = Chat(ways, self._cached)
+        rate = self._metrics.tokens_per_second
+        dispatcher = Dispatcher(self._endpoints, self._config.limits, self._prices, rate)
+        chat = Chat(ways, dispatcher, self._cached)
         api = Api(chat, self._live, self._metrics, server, self._prices, self._books, self._cached)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:
         if self._config.engines():
-            watching = watch_fleet(self._live, self._config, self._supervisor)
-            self._following.append(asyncio.create_task(watching))
+            self._following.append(asyncio.create_task(watch_fleet(self._sources, self._supervisor)))
+        found = watch_findings(self._sources, self._found, self._found_at)
+        self._following.append(asyncio.create_task(found))
         if names := self._board.mine():
             gauged = gauging.follow(names, self._live, self._transport_to, self._balancer)
             self._following.append(asyncio.create_task(gauged))

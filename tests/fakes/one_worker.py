@@ -15,10 +15,11 @@ from proxy.app import make_admission, make_balancer, make_board, make_cached
 from proxy.cache.bulletin import Bulletin
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
+from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
@@ -47,8 +48,10 @@ class Proxy:
         bulletin = Bulletin()
         self.metrics.stores = bulletin.all
         self.cached = make_cached(config, ways, bulletin)
-        prices = Prices(config)
-        api = Api(Chat(ways, self.cached), self.live, self.metrics, config.server, prices, cached=self.cached)
+        prices = Prices(config, self.metrics.throughput)
+        dispatcher = Dispatcher(self.endpoints, config.limits, prices, self.metrics.tokens_per_second)
+        chat = Chat(ways, dispatcher, self.cached)
+        api = Api(chat, self.live, self.metrics, config.server, prices, cached=self.cached)
         self.app = build_app(api, [], [])
         self.client = httpx2.AsyncClient()
         self.port = 0
