@@ -46,8 +46,8 @@ class Proxy:
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
         bulletin = Bulletin()
-        self.metrics.stores = bulletin.all
         self.cached = make_cached(config, ways, bulletin)
+        self.metrics.stores = self.cached.sums if self.cached else None
         prices = Prices(config, self.metrics.throughput)
         dispatcher = Dispatcher(self.endpoints, config.limits, prices, self.metrics.tokens_per_second)
         chat = Chat(ways, dispatcher, self.cached)
