@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar, cast
 
 import msgspec
@@ -33,6 +33,8 @@ T = TypeVar("T")
 GONE = "polyvox.when_gone"
 WhenGone = Callable[[Callable[[], object] | None], None]
 
+FlightKey = tuple[bytes, tuple[str, ...]]
+
 _PATIENCE = 60.0  # seconds to wait for another replica's answer, where the client does not say how long it waits
 _WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
 
@@ -40,7 +42,8 @@ _WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends o
 class Wanted(msgspec.Struct, frozen=True, gc=False):
     """A request whose answer may be kept.
 
-    chain: names of models. shows_cost: see Exchange. when_gone: see GONE.
+    chain: names of models. flight: what requests have in common that can share one generation: who lists other
+    fallbacks wants no part of it. shows_cost: see Exchange. when_gone: see GONE.
     """
 
     asked: Asked
@@ -51,13 +54,9 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     wish: Wish
     rule: CacheRule
     key: bytes
+    flight: FlightKey
     shows_cost: bool
     when_gone: WhenGone | None
-
-    @property
-    def flight(self) -> tuple[bytes, tuple[str, ...]]:
-        """What requests have in common that can share one generation: who lists other fallbacks wants no part of it."""
-        return self.key, self.chain
 
     def hides_usage(self) -> bool:
         """Say whether a stream is not to tell what it used."""
@@ -81,9 +80,10 @@ class Cached:
         self._settings = settings
         self._bulletin = bulletin
         self._limit = size(settings.max_entry_bytes)
+        self._rule = cache(settings.rule)  # of names that there are
         self._clock = clock
         # All mutable state: the generations under way that others may join; only those fill the store.
-        self._flights: dict[tuple[bytes, tuple[str, ...]], Flight] = {}
+        self._flights: dict[FlightKey, Flight] = {}
 
     def __repr__(self) -> str:
         return f"<Cached {self._store!r} {len(self._flights)} flights>"
@@ -105,13 +105,15 @@ class Cached:
         3. It is kept: give it.
         4. Have it made; the others may wait with us.
         """
-        rule = self._settings.rule(asked.envelope.model, model.name)
+        rule = self._rule(asked.envelope.model, model.name)
         found = None if wish.no_store else _key(asked, model, rule, wish, exchange.key_id)
         if found is None:  # 1
             exchange.cache = "bypass"
             return _labelled(await Walk(self._ways, asked, model, chain, exchange, deadline).answer(), exchange)
         shows_cost, exchange.shows_cost = exchange.shows_cost, False  # what all share has no one's cost in it
-        wanted = Wanted(asked, model, tuple(chain), exchange, deadline, wish, rule, found, shows_cost, when_gone)
+        names = tuple(chain)
+        common = found, names
+        wanted = Wanted(asked, model, names, exchange, deadline, wish, rule, found, common, shows_cost, when_gone)
         exchange.cache = "bypass" if wish.no_cache else "miss"
         if not wish.no_cache:
             reply = await self._found(wanted)
@@ -285,18 +287,19 @@ class Cached:
 
     def _entry(self, wanted: Wanted, reply: Reply, body: bytes) -> Entry:
         exchange, ttl = wanted.exchange, cast(float, wanted.rule.ttl)
+        # By position: that takes a sixth of the time that names do.
         return Entry(
-            model=exchange.model,
-            endpoint=exchange.endpoint,
-            name=wanted.asked.envelope.model,
-            operation=exchange.operation,
-            stream=reply.is_event_stream,
-            content_type=content_type(reply.headers),
-            body=body,
-            stored_at=self._clock(),
-            ttl=ttl if wanted.wish.ttl is None else min(wanted.wish.ttl, ttl),
-            usage=reply.tally.usage,
-            finish_reason=reply.tally.finish_reason,
+            exchange.model,
+            exchange.endpoint,
+            wanted.asked.envelope.model,
+            exchange.operation,
+            reply.is_event_stream,
+            content_type(reply.headers),
+            body,
+            self._clock(),
+            ttl if wanted.wish.ttl is None else min(wanted.wish.ttl, ttl),
+            reply.tally.usage,
+            reply.tally.finish_reason,
         )
 
     async def _keep(self, name: bytes, entry: Entry | None, claim: Claim | None) -> None:
