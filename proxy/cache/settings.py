@@ -1,0 +1,63 @@
+"""The `cache` section of the configuration."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Scope = Literal["key", "shared"]
+When = Literal["deterministic", "always", "never"]
+Size = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^[0-9]{1,12} ?([KMG]i?B)?$")]
+Ttl = Annotated[float, Meta(gt=0)]
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_MiB = 2**20
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How answers are kept: what one model or alias does otherwise than the rest. What is left out is as for the rest."""
+
+    ttl: Ttl | None = None
+    scope: Scope | None = None
+    when: When | None = None
+
+
+class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Answers that are given again to who asks the same.
+
+    store: memory (of each worker its own) or redis (for several replicas), at `url`. ttl: seconds that an answer is
+    kept. max_bytes: of all answers in memory, divided among the workers; a number, or as 256MiB. max_entry_bytes: larger
+    answers are not kept. scope: whether an API key sees its own answers only (key) or those of all (shared). when: of
+    chats, completions, responses and messages, keep those of temperature 0 or with a seed (deterministic), all of them
+    (always), or nothing of anything (never). Embeddings, rankings and token lists are always the same, and kept unless
+    it is never. pace: events a second at which a kept answer is given as a stream; 0: at once. models: what a model or
+    alias does otherwise.
+    """
+
+    store: Literal["memory", "redis"] = "memory"
+    url: str | None = None
+    ttl: Ttl = 3600.0
+    max_bytes: Size = 256 * _MiB
+    max_entry_bytes: Size = 4 * _MiB
+    scope: Scope = "key"
+    when: When = "deterministic"
+    pace: Annotated[float, Meta(ge=0)] = 0.0
+    models: dict[str, Rule] = {}
+
+    def rule(self, name: str, model: str) -> "Rule":
+        """Return the whole rule for a request that names a model or an alias of it."""
+        own, other = self.models.get(name, _NONE), self.models.get(model, _NONE)
+        return Rule(
+            own.ttl or other.ttl or self.ttl, own.scope or other.scope or self.scope, own.when or other.when or self.when
+        )
+
+
+_NONE = Rule()
+
+
+def size(value: int | str) -> int:
+    """Return the bytes of a size as it may be written: 1048576, 1MiB, 64 MB."""
+    if isinstance(value, int):
+        return value
+    digits = value.rstrip("KMGiB ")
+    return int(digits) * _UNITS[value[len(digits) :].strip()]
