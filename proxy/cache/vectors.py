@@ -46,11 +46,11 @@ _decode = msgspec.json.Decoder(_Embeddings).decode
 def read(document: bytes) -> Vector | None:
     """Return the first vector of an answer of /v1/embeddings, of length one; None where there is none."""
     try:
-        vector = np.array(_decode(document).data[0].embedding, np.float32)
+        vector = np.array(_decode(document).data[0].embedding)
     except (msgspec.DecodeError, UnicodeDecodeError, IndexError):
         return None
-    length = float(np.linalg.norm(vector))
-    return vector / np.float32(length) if 0 < length < float("inf") else None
+    length = np.linalg.norm(vector)
+    return (vector / length).astype(np.float32) if 0 < length < np.inf else None
 
 
 class MemoryVectors:
