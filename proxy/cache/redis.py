@@ -43,16 +43,24 @@ _RENEW = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE',
 _RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1]) or 0"
 
 
-class RedisStore:
-    """A store in one Redis server, by a pool of connections. It raises whatever redis-py does: see Shield."""
+def connect(url: str) -> Redis:
+    """Return a pool of connections to a server; none is made yet.
 
-    def __init__(self, url: str, lease: float) -> None:
+    They neither say who we are nor ask of the server's maintenance, which would be round trips of their own.
+    """
+    made: Redis = Redis.from_url(
+        url, protocol=3, max_connections=_CONNECTIONS, driver_info=None, socket_timeout=None,
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
+    )  # fmt: skip
+    return made
+
+
+class RedisStore:
+    """A store in one Redis server. It raises whatever redis-py does: see Shield."""
+
+    def __init__(self, redis: Redis, lease: float) -> None:
         """lease: seconds that a claim lasts without being renewed."""
-        # A connection neither says who we are nor asks of a server's maintenance, which are round trips of their own.
-        self._redis: Redis = Redis.from_url(
-            url, protocol=3, max_connections=_CONNECTIONS, driver_info=None, socket_timeout=None,
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        )  # fmt: skip
+        self._redis = redis
         self._lease = _milliseconds(lease)
         script = self._redis.register_script
         self._claim, self._fill, self._renew, self._release = map(script, (_CLAIM, _FILL, _RENEW, _RELEASE))

@@ -61,3 +61,30 @@ def size(value: int | str) -> int:
         return value
     digits = value.rstrip("KMGiB ")
     return int(digits) * _UNITS[value[len(digits) :].strip()]
+
+
+class Embeddings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A server of embeddings that is no model of ours. url: what its paths start with, as https://HOST/v1."""
+
+    url: str
+    model: str
+    api_key: str | None = None
+
+
+class Semantic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Answers to questions that mean the same, not only those that are the same.
+
+    embeddings: the model or alias of ours that makes vectors of questions, or a server elsewhere. threshold: the cosine
+    from which on two questions mean the same. max_turns: questions of the user in a chat that is still compared.
+    shadow: nothing is answered so, only counted: see /admin/cache/semantic. max_entries: questions that are known.
+    timeout: seconds that a vector may take. vectors: where they are kept, in the memory of each worker or in vector sets
+    of the cache's Redis (8.0 or newer), where max_entries is for the questions of one caller with the same parameters.
+    """
+
+    embeddings: str | Embeddings
+    threshold: Annotated[float, Meta(gt=0, le=1)] = 0.95
+    max_turns: Annotated[int, Meta(ge=1, le=100)] = 1
+    shadow: bool = False
+    max_entries: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
+    timeout: Annotated[float, Meta(gt=0)] = 0.2
+    vectors: Literal["memory", "redis"] = "memory"

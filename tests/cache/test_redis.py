@@ -6,7 +6,7 @@ import contextlib
 import pytest
 
 from proxy.cache import Claim
-from proxy.cache.redis import PREFIX, RedisStore
+from proxy.cache.redis import PREFIX, RedisStore, connect
 from proxy.cache.shield import HELD, Shield
 from tests.cache.entries import entry, key
 
@@ -15,7 +15,7 @@ def run(server, scenario, lease=5.0):
     """Run a scenario with two stores, as two replicas have them."""
 
     async def both():
-        stores = [RedisStore(server.url, lease) for _ in range(2)]
+        stores = [RedisStore(connect(server.url), lease) for _ in range(2)]
         try:
             await scenario(*stores)
         finally:
@@ -178,7 +178,7 @@ def test_the_address_is_never_shown(server):
 
 def test_a_server_on_a_unix_socket_will_do(server):
     async def scenario():
-        store = RedisStore(f"unix://:sentinel-p%40ss@{server.socket}?db=1", 5.0)
+        store = RedisStore(connect(f"unix://:sentinel-p%40ss@{server.socket}?db=1"), 5.0)
         with contextlib.closing(server.client):
             await store.put(key(), entry("Paris"))
             assert (await store.get(key())).body == b"Paris"

@@ -6,7 +6,7 @@ import contextlib
 import pytest
 
 from proxy.cache import Claim
-from proxy.cache.redis import PREFIX, RedisStore
+from proxy.cache.redis import PREFIX, RedisStore, connect
 from proxy.cache.shield import PATIENCE, Shield
 from proxy.errors import StoreUnavailable
 from tests.cache.entries import entry, key
@@ -24,7 +24,7 @@ class Clock:
 
 @contextlib.asynccontextmanager
 async def shielded(server, clock=None, lease=5.0):
-    store = RedisStore(server.url, lease)
+    store = RedisStore(connect(server.url), lease)
     shield = Shield(store, lease=lease, clock=clock or Clock(), chance=lambda: 0.5)
     try:
         yield shield
@@ -154,7 +154,7 @@ def test_a_full_server_takes_nothing_and_still_gives(server, caplog):
 
 def test_a_wrong_password_is_a_miss_and_never_shown(server, caplog):
     async def scenario():
-        store = RedisStore(server.url.replace("sentinel", "sentinel-wrong"), 5.0)
+        store = RedisStore(connect(server.url.replace("sentinel", "sentinel-wrong")), 5.0)
         shield = Shield(store)
         for _ in range(5):
             assert await shield.get(key()) is None

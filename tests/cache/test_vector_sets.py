@@ -1,0 +1,88 @@
+"""Vectors in vector sets of Redis 8: as in memory, but for what gives way."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from proxy.cache.redis import PREFIX, connect
+from proxy.cache.vector_sets import VectorSets, are_there
+from tests.cache.test_vectors import ONE, OTHER, toward
+from tests.fakes.vector_redis import vector_redis
+
+
+def run(scenario, capacity=8):
+    async def serve():
+        async with vector_redis() as server:
+            redis = connect(server.url)
+            try:
+                await scenario(VectorSets(redis, "gpt", capacity, ttl=60.0), server)
+            finally:
+                await redis.aclose()
+
+    asyncio.run(serve())
+
+
+def test_the_nearest_is_found_with_its_cosine():
+    async def scenario(vectors, _):
+        for degrees, key in ((0, b"east"), (90, b"\x00north\xff"), (45, b"between")):
+            await vectors.add(ONE, toward(degrees), key)
+        assert await vectors.nearest(ONE, toward(80)) == (b"\x00north\xff", pytest.approx(np.cos(np.radians(10)), abs=1e-6))
+        assert await vectors.nearest(ONE, toward(200)) == (b"\x00north\xff", pytest.approx(np.cos(np.radians(110)), abs=1e-6))
+
+    run(scenario)
+
+
+def test_another_partition_is_never_looked_at():
+    async def scenario(vectors, _):
+        await vectors.add(ONE, toward(0), b"theirs")
+        assert await vectors.nearest(OTHER, toward(0)) is None
+
+    run(scenario)
+
+
+def test_what_is_forgotten_is_not_found():
+    async def scenario(vectors, _):
+        await vectors.add(ONE, toward(0), b"a")
+        await vectors.forget(ONE, b"a")
+        assert await vectors.nearest(ONE, toward(0)) is None
+
+    run(scenario)
+
+
+def test_a_set_has_no_more_than_it_may_and_ends_with_its_answers():
+    async def scenario(vectors, server):
+        for number in range(20):
+            await vectors.add(ONE, toward(number), b"%d" % number)
+        (name,) = server.sets
+        assert name == f"{PREFIX}vectors:gpt:{ONE.hex()}".encode()
+        assert len(server.sets[name]) == 8
+        assert server.expiries == {name: 60_000}
+
+    run(scenario)
+
+
+def test_vectors_of_another_size_begin_anew():
+    async def scenario(vectors, _):
+        await vectors.add(ONE, toward(0), b"a")
+        longer = np.array([1, 0, 0], np.float32)
+        assert await vectors.nearest(ONE, longer) is None
+        await vectors.add(ONE, longer, b"b")
+        assert (await vectors.nearest(ONE, longer)).key == b"b"
+
+    run(scenario)
+
+
+def test_a_server_is_asked_whether_it_has_them(server):
+    async def older():
+        redis = connect(server.url)
+        try:
+            return await are_there(redis)
+        finally:
+            await redis.aclose()
+
+    async def newer(vectors, _):
+        assert await are_there(vectors._redis)
+
+    assert not asyncio.run(older())
+    run(newer)
