@@ -45,17 +45,22 @@ _AT_FIRST = ((b"x-polyvox-fallback-level", b"0"), (b"x-polyvox-attempts", b"1"))
 class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
-    __slots__ = ("_asked", "_at", "_breaks", "_deadline", "_endpoint", "_exchange", "_first", "_of", "_route", "_ways")
+    __slots__ = (
+        "_asked", "_at", "_breaks", "_deadline", "_endpoint", "_exchange", "_first", "_of", "_route", "_ways", "_whole",
+    )  # fmt: skip
 
     def __init__(
         self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange,
-        deadline: Deadline | None = None,
+        deadline: Deadline | None = None, *, whole: bool = False,
     ) -> None:  # fmt: skip
-        """chain: names of models. deadline: of which an endpoint is told, if it wants to be."""
+        """chain: names of models. deadline: of which an endpoint is told, if it wants to be. whole: streams keep their
+        usage, whether the client asked for it or not.
+        """
         self._ways = ways
         self._deadline = deadline
         self._asked = asked
         self._exchange = exchange
+        self._whole = whole
         # All mutable state: where it has been; of the last attempt, the model that it was for, the endpoint as it was
         # then (None: it got none), and how that stands.
         self._route = Route(ways, asked.envelope.fields, model, chain)
@@ -136,7 +141,7 @@ class Walk:
         exchange.answered(answer)
         if answer.status >= 300:
             failures.check(answer, endpoint)
-        return provider.answer(answer, asked, endpoint), endpoint, sent.hide_usage
+        return provider.answer(answer, asked, endpoint), endpoint, sent.hide_usage and not self._whole
 
     def _prompt(self, model: Model) -> Prompt | None:
         """Return the prompt as the balancer wants it, where there is a choice of endpoints."""

@@ -5,13 +5,11 @@ it is, since waiting for nothing costs as much as the look-up itself.
 """
 
 from collections.abc import Awaitable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 
 from proxy.accounting import Usage
-
-T = TypeVar("T")
 
 KEY_BYTES = 32  # of a key: SCOPE_BYTES that tell whose answers these are, then a digest
 SCOPE_BYTES = 8
@@ -22,7 +20,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     """A complete, successful answer.
 
     model: that gave it. endpoint: of that. name: the name of the model as the body has it. operation: one of
-    telemetry.OPERATIONS. stream: the body is an event stream, with its usage in it; else it is one document. usage, usd,
+    telemetry.OPERATIONS. stream: the body is an event stream, with its usage in it; else it is one document. usage,
     finish_reason: what was read of it, None where it did not tell. stored_at: in seconds since 1970. ttl: seconds.
     """
 
@@ -36,7 +34,6 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     stored_at: float
     ttl: float
     usage: Usage | None = None
-    usd: float | None = None
     finish_reason: str | None = None
 
     def age(self, now: float) -> float:
