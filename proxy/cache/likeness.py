@@ -1,4 +1,4 @@
-"""How often a question is like an earlier one, and their answers alike: what a threshold is chosen by. Pure counting."""
+"""How often a question is like an earlier one, and their answers alike: what a threshold is chosen by. Pure."""
 
 import re
 from typing import Final

@@ -75,7 +75,8 @@ class RedisStore:
         try:
             return _read(key, await self._redis.get(_entry(key)))
         except ResponseError as e:
-            return _miss(e)
+            _check_foreign(e)
+            return None
 
     async def claim(self, key: bytes) -> Claim | Entry | Held:
         """Ask for the right to generate an entry; return HELD while another has it."""
@@ -84,7 +85,8 @@ class RedisStore:
             with _refusals():
                 found = await self._claim(keys, [self._lease])
         except ResponseError as e:
-            found = _miss(e)
+            _check_foreign(e)
+            found = None
         if isinstance(found, int):
             return Claim(key, found) if found else HELD
         if (entry := _read(key, found)) is None:  # what is there is not ours: it goes, and we ask again
@@ -134,7 +136,7 @@ class RedisStore:
         """Give the connections back."""
         await self._redis.aclose()
 
-    async def _batches(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
+    async def _batches(self, prefix: bytes) -> AsyncIterator[list[Any]]:
         cursor = 0
         while True:
             cursor, keys = await self._redis.scan(cursor, match=f"{_entry(prefix)}*", count=_BATCH)
@@ -143,7 +145,7 @@ class RedisStore:
             if not cursor:
                 return
 
-    async def _of_model(self, keys: list[bytes], model: str) -> list[bytes]:
+    async def _of_model(self, keys: list[Any], model: str) -> list[Any]:
         head = _head(model)
         pipeline = self._redis.pipeline(transaction=False)
         for key in keys:
@@ -179,8 +181,8 @@ def _read(key: bytes, data: Any) -> Entry | None:
     return envelope.decode(key, data[colon + 1 + int(length) :]) if length.isdigit() else None
 
 
-def _miss(error: ResponseError) -> None:
-    """Nothing is found where somebody else keeps a list or the like. Raises any other error."""
+def _check_foreign(error: ResponseError) -> None:
+    """Let pass that somebody else keeps a list or the like under our key. Raises any other error."""
     if "WRONGTYPE" not in str(error):
         raise error
 

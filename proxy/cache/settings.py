@@ -77,8 +77,8 @@ class Semantic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     embeddings: the model or alias of ours that makes vectors of questions, or a server elsewhere. threshold: the cosine
     from which on two questions mean the same. max_turns: questions of the user in a chat that is still compared.
     shadow: nothing is answered so, only counted: see /admin/cache/semantic. max_entries: questions that are known.
-    timeout: seconds that a vector may take. vectors: where they are kept, in the memory of each worker or in vector sets
-    of the cache's Redis (8.0 or newer), where max_entries is for the questions of one caller with the same parameters.
+    timeout: seconds that a search may take. vectors: where they are kept, in the memory of each worker or in vector
+    sets of the cache's Redis (8.0 or newer), where max_entries is for one caller's questions with the same parameters.
     """
 
     embeddings: str | Embeddings

@@ -1,8 +1,9 @@
-"""Vectors in vector sets of Redis 8, which replicas share: a set for each partition, gone a ttl after its last question.
+"""Vectors in vector sets of Redis 8, which replicas share: one set for each partition, gone a ttl after it was used.
 
-    polyvox:pvx1:vectors:ALIAS:PARTITION    elements are the keys of answers
+polyvox:pvx1:vectors:ALIAS:PARTITION    elements are the keys of answers
 """
 
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from redis.asyncio import Redis
@@ -20,6 +21,7 @@ class VectorSets:
     def __init__(self, redis: Redis, alias: str, capacity: int, ttl: float) -> None:
         """capacity: questions of one partition. ttl: seconds."""
         self._redis = redis  # all mutable state is its own
+        self._ask: Callable[..., Awaitable[Any]] = redis.execute_command
         self._prefix = f"{PREFIX}vectors:{alias}:"
         self._capacity = capacity
         self._ttl = round(ttl * 1000)
@@ -31,7 +33,7 @@ class VectorSets:
         """Return the nearest of a partition; None where there is none, or vectors are of another size."""
         name, data = self._name(partition), vector.tobytes()
         try:
-            found = await self._redis.execute_command("VSIM", name, "FP32", data, "WITHSCORES", "COUNT", 1)
+            found = await self._ask("VSIM", name, "FP32", data, "WITHSCORES", "COUNT", 1)
         except ResponseError as e:
             if "dimension" not in str(e).lower():
                 raise
@@ -52,11 +54,11 @@ class VectorSets:
 
     async def forget(self, partition: bytes, key: bytes) -> None:
         """The answer is no longer there."""
-        await self._redis.execute_command("VREM", self._name(partition), key)
+        await self._ask("VREM", self._name(partition), key)
 
     async def _make_room(self, name: str, some: int) -> None:
         pipeline = self._redis.pipeline(transaction=False)
-        for element in await self._redis.execute_command("VRANDMEMBER", name, some):
+        for element in await self._ask("VRANDMEMBER", name, some):
             pipeline.execute_command("VREM", name, element)
         await pipeline.execute()
 
@@ -72,4 +74,5 @@ def _near(found: Any) -> Near | None:
 
 async def are_there(redis: Redis) -> bool:
     """Say whether a server has vector sets."""
-    return any(await redis.execute_command("COMMAND INFO", "VADD"))
+    ask: Callable[..., Awaitable[Any]] = redis.execute_command
+    return any(await ask("COMMAND INFO", "VADD"))

@@ -49,7 +49,8 @@ def read(document: bytes) -> Vector | None:
         vector = np.array(_decode(document).data[0].embedding)
     except (msgspec.DecodeError, UnicodeDecodeError, IndexError):
         return None
-    length = np.linalg.norm(vector)
+    with np.errstate(over="ignore"):
+        length = np.linalg.norm(vector)
     return (vector / length).astype(np.float32) if 0 < length < np.inf else None
 
 

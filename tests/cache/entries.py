@@ -17,6 +17,6 @@ def entry(text: str = "Paris", *, model: str = "m", ttl: float = 60.0, **changes
     fields = {
         "model": model, "endpoint": f"{model}/0", "name": model, "operation": "chat", "stream": False,
         "content_type": b"application/json", "body": text.encode(), "stored_at": time.time(), "ttl": ttl,
-        "usage": Usage(3, 4), "usd": 0.5, "finish_reason": "stop",
+        "usage": Usage(3, 4), "finish_reason": "stop",
     }  # fmt: skip
     return Entry(**{**fields, **changes})

@@ -76,7 +76,7 @@ def test_all_our_keys_have_one_prefix(server):
     async def scenario(store, _):
         await store.put(key(), entry())
         await store.claim(key("other"))
-        assert all(name.startswith(PREFIX.encode()) for name in server.client.keys())
+        assert all(name.startswith(PREFIX.encode()) for name in server.client.scan_iter("*"))
 
     run(server, scenario)
 

@@ -27,8 +27,14 @@ def test_the_nearest_is_found_with_its_cosine():
     async def scenario(vectors, _):
         for degrees, key in ((0, b"east"), (90, b"\x00north\xff"), (45, b"between")):
             await vectors.add(ONE, toward(degrees), key)
-        assert await vectors.nearest(ONE, toward(80)) == (b"\x00north\xff", pytest.approx(np.cos(np.radians(10)), abs=1e-6))
-        assert await vectors.nearest(ONE, toward(200)) == (b"\x00north\xff", pytest.approx(np.cos(np.radians(110)), abs=1e-6))
+        assert await vectors.nearest(ONE, toward(80)) == (
+            b"\x00north\xff",
+            pytest.approx(np.cos(np.radians(10)), abs=1e-6),
+        )
+        assert await vectors.nearest(ONE, toward(200)) == (
+            b"\x00north\xff",
+            pytest.approx(np.cos(np.radians(110)), abs=1e-6),
+        )
 
     run(scenario)
 

@@ -100,7 +100,8 @@ def test_a_vector_is_read_and_made_of_length_one():
 
 @pytest.mark.parametrize(
     "document",
-    [b"", b"no", b"{}", b'{"data":[]}', b'{"data":[{}]}', b'{"data":[{"embedding":[]}]}', b'{"data":[{"embedding":[0,0]}]}',
+    [b"", b"no", b"{}", b'{"data":[]}', b'{"data":[{}]}', b'{"data":[{"embedding":[]}]}',
+     b'{"data":[{"embedding":[0,0]}]}',
      b'{"data":[{"embedding":["x"]}]}', b'{"data":[{"embedding":[1e200]}]}', b"\xff"],
 )  # fmt: skip
 def test_what_is_no_vector_is_none(document):
