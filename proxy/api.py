@@ -33,7 +33,7 @@ from proxy.ledger.recorder import Both
 from proxy.metrics import Metrics
 from proxy.prices import Prices
 from proxy.probe import LiveRegistry
-from proxy.registry import Model, Registry
+from proxy.registry import BEST_FIRST, Model, Preset, Registry
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.telemetry import OPERATIONS, OTHER, Sink
@@ -158,6 +158,7 @@ class Api:
             request_id=visit.request_id,
             salt=visit.caller.salt,
             deadline=deadline,
+            models=visit.caller.models,
         )
         await self._relay(request, send, visit.exchange)
 
@@ -197,12 +198,12 @@ class Api:
             return reply.give_up(e), False
 
     async def _show_models(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
-        registry = self._live.current
+        registry, only = self._live.current, visit.caller.models
         name = unquote(scope["raw_path"].decode("latin-1")).removeprefix("/v1/models").strip("/")
         if name:
-            body = self._card(registry, name)
+            body = self._card(registry, name, only)
         else:
-            body = {"object": "list", "data": [self._card(registry, name) for name in registry.names()]}
+            body = {"object": "list", "data": [self._card(registry, name, only) for name in registry.names(only)]}
         await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
         visit.exchange.complete()
 
@@ -230,17 +231,21 @@ class Api:
             scope["method"], path, (*MODEL_PATHS, "/v1/models", "/v1/usage", "/health", "/ready", "/metrics")
         )
 
-    def _card(self, registry: Registry, name: str) -> dict[str, Any]:
-        model: Model = registry.resolve(name)
+    def _card(self, registry: Registry, name: str, only: frozenset[str] | None) -> dict[str, Any]:
+        target = registry.resolve(name, only)
+        of = target.of if isinstance(target, Preset) else target
+        models = [of] if isinstance(of, Model) else [registry.models[member] for member in of.members]
+        best = min(models, key=lambda model: BEST_FIRST.index(model.state), default=None)
+        contexts = [model.context_length for model in models if model.context_length]
         return {
             "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "polyvox",
-            "root": model.name,
+            "root": of.name,
             "parent": None,
-            "max_model_len": model.context_length,
-            "state": model.state,
+            "max_model_len": max(contexts, default=None),
+            "state": best.state if best else "stopped",
         }
 
 

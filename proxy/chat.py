@@ -3,9 +3,12 @@
 import msgspec
 
 from proxy import accounting, forbidden, limits, wire
+from proxy.cache import wish
+from proxy.cached import Cached
 from proxy.deadline import Deadline
 from proxy.fallback import Walk
 from proxy.providers import Asked
+from proxy.registry import Model, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -17,7 +20,10 @@ _FORMS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations"))
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A request as it reached us, its body whole. salt: see auth.Caller. deadline: when its client will be gone."""
+    """A request as it reached us, its body whole.
+
+    salt, models: see auth.Caller. deadline: when its client will be gone.
+    """
 
     method: str
     path: str
@@ -27,13 +33,16 @@ class Incoming(msgspec.Struct, frozen=True):
     request_id: bytes
     salt: str | None = None
     deadline: Deadline | None = None
+    models: frozenset[str] | None = None
 
 
 class Chat:
     """Answers requests for models."""
 
-    def __init__(self, ways: Ways) -> None:
+    def __init__(self, ways: Ways, cached: Cached | None = None) -> None:
+        """cached: of a server that keeps answers."""
         self._ways = ways
+        self._cached = cached
 
     def __repr__(self) -> str:
         return f"<Chat {self._ways.endpoints!r}>"
@@ -43,13 +52,16 @@ class Chat:
 
         1. Read the few fields that decide where it goes.
         2. Find the model behind the name, refuse what it may not be asked.
-        3. Walk from endpoint to endpoint until one answers, under the name that was asked for.
+        3. Give an answer that is kept, or that others wait for.
+        4. Walk from endpoint to endpoint until one answers, under the name that was asked for.
         """
         kind = content_type(request.headers) if request.path in _FORMS else b""
         form = kind.lower().startswith(b"multipart/form-data")
         envelope = wire.read_form(request.body, kind) if form else wire.read_json(request.body)
         registry = self._ways.live.current
-        model = registry.resolve(envelope.model)
+        target = registry.resolve(envelope.model, request.models)
+        of = target.of if isinstance(target, Preset) else target
+        model = of if isinstance(of, Model) else registry.models[of.members[0]]
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
         forbidden.check(envelope.fields, model.policy, self._ways.limits)
         exchange.model, exchange.alias = model.name, envelope.model
@@ -57,13 +69,28 @@ class Chat:
         if envelope.stream and (options := envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
         chain = registry.chains.get(envelope.model, ())
-        return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        field = envelope.fields.get("cache")
+        if field is not None:
+            asked = _without_cache(asked)
+        if self._cached is None:
+            return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        wanted = wish.read(request.headers, field)
+        return await self._cached.answer(asked, model, chain, exchange, request.deadline, wanted)
 
 
 def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
     return Asked(
         request.path, request.query, request.headers, request.body, envelope, request.request_id, form, request.salt
     )
+
+
+def _without_cache(asked: Asked) -> Asked:
+    """Take out what a request says of our cache, of which no engine knows."""
+    if asked.form:
+        return asked
+    fields = {name: value for name, value in asked.envelope.fields.items() if name != "cache"}
+    envelope = msgspec.structs.replace(asked.envelope, fields=fields)
+    return msgspec.structs.replace(asked, body=wire.without_field(asked.body, "cache"), envelope=envelope)
 
 
 def _without_cost(asked: Asked, stream_options: bytes) -> tuple[Asked, bool]:

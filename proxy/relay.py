@@ -96,6 +96,12 @@ class Exchange:
         """It waits for a generation together with others. leads: by this exchange, which ends only with that."""
         self._shared = shared, leads
 
+    def parts(self) -> None:
+        """It waits together with others no longer."""
+        if self._shared is not None:
+            (shared, _), self._shared = self._shared, None
+            shared.leave(self)
+
     def received(self) -> None:
         """The whole request is here."""
         self._begun = self._mark = self._clock()

@@ -104,6 +104,13 @@ def add_field(document: bytes, name: str, value: Any) -> bytes:
     return b"".join((document[:start], _encode(name), b":", _encode(value), b",", memoryview(document)[start:]))
 
 
+def without_field(document: bytes, name: str) -> bytes:
+    """Return a JSON object without a field at its top; other values keep their bytes."""
+    fields = _decode_object(document)
+    fields.pop(name, None)
+    return _encode(fields)
+
+
 def replace_field(document: bytes, name: str, value: Any) -> bytes:
     """Return a JSON object with a field at its top replaced; other values keep their bytes."""
     fields = _decode_object(document)

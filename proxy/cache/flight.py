@@ -7,11 +7,11 @@ kept: who is slower than the fastest by more than the limit is let go.
 """
 
 import asyncio
-from collections.abc import Hashable
 from typing import Self
 
 from proxy.cache import Entry
 from proxy.errors import TruncatedAnswer, UpstreamError
+from proxy.reply import Reply
 
 _AHEAD = 256 * 1024  # bytes that may be put in before anybody takes them
 
@@ -19,9 +19,9 @@ _AHEAD = 256 * 1024  # bytes that may be put in before anybody takes them
 class Flight:
     """What there is of one answer, and who waits for it. Members are known by what they joined with."""
 
-    def __init__(self, key: Hashable, limit: int) -> None:
-        """limit: bytes of the whole answer that are kept."""
-        self.key = key
+    def __init__(self, name: str, limit: int) -> None:
+        """name: that the model has in the answer. limit: bytes of the whole answer that are kept."""
+        self.name = name
         self._limit = limit
         # All mutable state: the members, with their readers if they read as it comes; the task that is cancelled when
         # none is left.
@@ -31,12 +31,15 @@ class Flight:
         self._pieces: list[bytes] = []
         self._gone = 0
         self._size = 0
-        # How far it is: whether it is a stream (None: not known yet), whether it is over, whole if so, what went wrong
-        # if not, and who waits for more of it, or for somebody to take some.
-        self.streams: bool | None = None
+        # How far it is: the reply to who began it, once it is there, from which endpoint, and whether it is a stream that
+        # others read too; whether it is over, with an entry if it is whole, or what went wrong; who waits for more of
+        # it, and for somebody to take some.
+        self.reply: Reply | None = None
+        self.source = ""
+        self.streams = False
         self.over = False
         self.entry: Entry | None = None
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self._waiting: list[asyncio.Future[None]] = []
         self._room: asyncio.Future[None] | None = None
 
@@ -63,14 +66,18 @@ class Flight:
         reader = self._members[member] = Reader(self)
         return reader
 
+    def has(self, member: object) -> bool:
+        """Say whether somebody still waits."""
+        return member in self._members
+
     @property
     def is_open(self) -> bool:
         """Say whether all of it is still there, for one more."""
-        return not self._gone and self._error is None
+        return not self._gone and self.error is None
 
     async def begun(self) -> None:
-        """Wait until it is known whether it is a stream."""
-        while self.streams is None and not self.over:
+        """Wait until the reply is there, or will never be."""
+        while self.reply is None and not self.over:
             await self._more()
 
     async def ended(self) -> None:
@@ -85,9 +92,9 @@ class Flight:
 
     # The answer
 
-    def begin(self, *, streams: bool) -> None:
-        """The head of the answer is here."""
-        self.streams = streams
+    def begin(self, reply: Reply, source: str, *, streams: bool) -> None:
+        """The reply is here, from an endpoint. streams: its body will be put in, for all; else it is there already."""
+        self.reply, self.source, self.streams = reply, source, streams
         self._tell()
 
     def put(self, data: bytes) -> None:
@@ -110,11 +117,10 @@ class Flight:
         return None if self._gone or self._size > self._limit else b"".join(self._pieces)
 
     def end(self, entry: Entry | None = None, error: Exception | None = None) -> None:
-        """It is over: whole, with an entry for those who do not read as it comes, or failed."""
-        self.over = True
-        self.entry = entry
-        self._error = error
-        self._tell()
+        """It is over: whole, with an entry for those who do not read as it comes, or failed. The first call counts."""
+        if not self.over:
+            self.over, self.entry, self.error = True, entry, error
+            self._tell()
 
     def _furthest(self) -> int:
         return max((self._size if r is None else r.taken for r in self._members.values()), default=0)
@@ -149,8 +155,8 @@ class Flight:
             self._make_room()
             reader.at += len(new)
             return new[0] if len(new) == 1 else b"".join(new)
-        if self._error is not None:
-            raise self._error if isinstance(self._error, UpstreamError) else TruncatedAnswer() from self._error
+        if self.error is not None:
+            raise self.error if isinstance(self.error, UpstreamError) else TruncatedAnswer() from self.error
         return None
 
 

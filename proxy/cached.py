@@ -1,0 +1,357 @@
+"""Answers that were given before, or that are about to be: the story of a request where there is a cache."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar, cast
+
+import msgspec
+
+from proxy import accounting, sse
+from proxy.accounting import NoAccount, StreamAccount, Tally, Usage
+from proxy.cache import Claim, Entry, Stats, Store, key, replay
+from proxy.cache.flight import Flight
+from proxy.cache.settings import CacheSettings, Rule, size
+from proxy.cache.wish import Wish
+from proxy.deadline import Deadline
+from proxy.errors import TruncatedAnswer, UpstreamError, upstream_failure
+from proxy.fallback import Walk
+from proxy.providers import Asked
+from proxy.registry import Model
+from proxy.relay import Exchange
+from proxy.renaming import EventRenamer
+from proxy.reply import Headers, Reply, with_length
+from proxy.route import Ways
+from proxy.telemetry import FIRST_TOKEN
+from proxy.transport import content_type
+
+T = TypeVar("T")
+
+_PATIENCE = 60.0  # seconds to wait for another replica's answer, where the client does not say how long it waits
+_WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
+
+
+class Keeps(Protocol):
+    """Is told what a store holds."""
+
+    def kept(self, stats: Stats) -> None: ...
+
+
+class Wanted(msgspec.Struct, frozen=True, gc=False):
+    """A request whose answer may be kept. chain: names of models. shows_cost: see Exchange."""
+
+    asked: Asked
+    model: Model
+    chain: tuple[str, ...]
+    exchange: Exchange
+    deadline: Deadline | None
+    wish: Wish
+    rule: Rule
+    key: bytes
+    shows_cost: bool
+
+    @property
+    def flight(self) -> tuple[bytes, tuple[str, ...]]:
+        """What requests have in common that can share one generation: who lists other fallbacks wants no part of it."""
+        return self.key, self.chain
+
+    def hides_usage(self) -> bool:
+        """Say whether a stream is not to tell what it used."""
+        return not accounting.asks_usage(bytes(self.asked.envelope.fields.get("stream_options", b"")))
+
+
+class Cached:
+    """Answers requests from a store where it can, and fills it."""
+
+    def __init__(
+        self, ways: Ways, store: Store, settings: CacheSettings, keeps: Keeps, clock: Callable[[], float] = time.time
+    ) -> None:
+        """clock: seconds since 1970."""
+        self._ways = ways
+        self._store = store
+        self._settings = settings
+        self._keeps = keeps
+        self._limit = size(settings.max_entry_bytes)
+        self._clock = clock
+        # All mutable state: the generations under way that others may join; only those fill the store.
+        self._flights: dict[tuple[bytes, tuple[str, ...]], Flight] = {}
+
+    def __repr__(self) -> str:
+        return f"<Cached {self._store!r} {len(self._flights)} flights>"
+
+    async def answer(
+        self, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange, deadline: Deadline | None, wish: Wish
+    ) -> Reply:
+        """Answer a request for a model. Raises what Walk.answer does.
+
+        1. What is not to be kept goes its way as without a cache.
+        2. Somebody waits for the same: wait with them.
+        3. It is kept: give it.
+        4. Have it made; the others may wait with us.
+        """
+        rule = self._settings.rule(asked.envelope.model, model.name)
+        found = None if wish.no_store else _key(asked, model, rule, wish, exchange.key_id)
+        if found is None:  # 1
+            exchange.cache = "bypass"
+            return _labelled(await Walk(self._ways, asked, model, chain, exchange, deadline).answer(), exchange)
+        shows_cost, exchange.shows_cost = exchange.shows_cost, False  # what all share has no one's cost in it
+        wanted = Wanted(asked, model, tuple(chain), exchange, deadline, wish, rule, found, shows_cost)
+        exchange.cache = "bypass" if wish.no_cache else "miss"
+        if not wish.no_cache:
+            reply = await self._found(wanted)
+            if reply is not None:  # 2, 3
+                return reply
+        return await self._lead(wanted)  # 4
+
+    async def purge(self, model: str | None = None, prefix: bytes = b"") -> int:
+        """Forget answers, those that are being made included; return how many were kept. See Store.purge."""
+        self._flights.clear()
+        dropped = await _now(self._store.purge(model, prefix))
+        self._keeps.kept(await self.stats())
+        return dropped
+
+    async def stats(self) -> Stats:
+        """Return what the store holds."""
+        return await _now(self._store.stats())
+
+    async def close(self) -> None:
+        """End what is under way, and close the store."""
+        tasks = [flight.task for flight in self._flights.values() if flight.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._store.close()
+
+    # What is there
+
+    async def _found(self, wanted: Wanted) -> Reply | None:
+        """Return the answer that is kept, or that others wait for; None if there is neither, or it failed them."""
+        flight = self._flights.get(wanted.flight)
+        if flight is None:
+            entry = self._store.get(wanted.key)
+            if entry is not None and entry.__class__ is not Entry:
+                entry = await cast(Awaitable[Entry | None], entry)
+                wanted.exchange.waited()
+                flight = self._flights.get(wanted.flight)
+            if entry is not None and self._will_do(cast(Entry, entry), wanted.wish):
+                return self._replay(cast(Entry, entry), wanted, "hit")
+        return await self._join(flight, wanted) if flight is not None and flight.is_open else None
+
+    def _will_do(self, entry: Entry, wish: Wish) -> bool:
+        return wish.max_age is None or entry.age(self._clock()) <= wish.max_age
+
+    def _replay(self, entry: Entry, wanted: Wanted, result: str) -> Reply:
+        """Make the reply of a kept answer, in the form that is asked for."""
+        exchange, name = wanted.exchange, wanted.asked.envelope.model
+        exchange.cache, exchange.source = result, entry.endpoint
+        exchange.answers(200)
+        if not wanted.asked.envelope.stream:
+            document = replay.document(entry, name)
+            headers = with_length([(b"content-type", _type(entry, stream=False))], len(document))
+            return _labelled(_given(document, headers, entry, exchange), exchange, wanted.key, entry, self._clock())
+        pace = self._settings.pace if wanted.wish.pace is None else wanted.wish.pace
+        cost = _free if wanted.shows_cost else None
+        events = replay.events(entry, name, hide_usage=wanted.hides_usage(), cost=cost, pieces=pace > 0)
+        headers = [(b"content-type", _type(entry, stream=True))]
+        reply = _paced(events, pace, headers, wanted) if pace else _given(events, headers, entry, exchange)
+        return _labelled(reply, exchange, wanted.key, entry, self._clock())
+
+    # What is being made
+
+    async def _join(self, flight: Flight, wanted: Wanted) -> Reply | None:
+        """Wait for a generation with others. None if it failed: then each goes its own way."""
+        exchange = wanted.exchange
+        flight.join(exchange)
+        exchange.shares(flight, leads=False)
+        await flight.begun()
+        if not (wanted.asked.envelope.stream and flight.streams):
+            await flight.ended()
+        exchange.waited()
+        if flight.entry is not None:
+            return self._replay(flight.entry, wanted, "joined")
+        if flight.over:
+            exchange.parts()
+            return None
+        exchange.cache, exchange.source = "joined", flight.source
+        exchange.answers(200)
+        return _labelled(_live(flight, wanted, leads=False), exchange, wanted.key)
+
+    async def _lead(self, wanted: Wanted) -> Reply:
+        """Have an answer made."""
+        flight = self._flights[wanted.flight] = Flight(wanted.asked.envelope.model, self._limit)
+        flight.join(wanted.exchange)
+        wanted.exchange.shares(flight, leads=True)
+        flight.task = asyncio.create_task(self._fly(flight, wanted))
+        await flight.begun()
+        if flight.error is not None:
+            raise flight.error
+        if flight.reply is None:
+            assert flight.entry
+            return self._replay(flight.entry, wanted, "hit")  # another replica had it made
+        reply = _live(flight, wanted, leads=True) if flight.streams else flight.reply
+        return _labelled(reply, wanted.exchange, wanted.key)
+
+    async def _fly(self, flight: Flight, wanted: Wanted) -> None:
+        """Make an answer, for all who wait, and keep it."""
+        try:
+            await self._make(flight, wanted)
+        except Exception as error:  # whatever it is, it is raised where somebody waits
+            flight.end(error=error)
+        finally:
+            flight.end(error=TruncatedAnswer("it was given up"))
+            if self._flights.get(wanted.flight) is flight:
+                del self._flights[wanted.flight]
+            if not flight.has(wanted.exchange):
+                await wanted.exchange.close()
+
+    async def _make(self, flight: Flight, wanted: Wanted) -> None:
+        patience = wanted.deadline.remaining() if wanted.deadline else _PATIENCE
+        claim = await _now(self._store.claim(wanted.key, patience))
+        if isinstance(claim, Entry):
+            flight.end(claim)
+            return
+        entry = None
+        try:
+            asked, exchange = wanted.asked, wanted.exchange
+            walk = Walk(self._ways, asked, wanted.model, wanted.chain, exchange, whole=True)
+            reply = await walk.answer()
+            body = await _passed(reply, flight, exchange.endpoint)
+            if body is not None and reply.status == 200:
+                entry = self._entry(wanted, reply, body)
+            flight.end(entry)
+            if entry is None or not _may_be_kept(reply, exchange) or self._flights.get(wanted.flight) is not flight:
+                entry = None
+        finally:
+            await self._keep(wanted.key, entry, claim)
+
+    def _entry(self, wanted: Wanted, reply: Reply, body: bytes) -> Entry:
+        exchange, ttl = wanted.exchange, cast(float, wanted.rule.ttl)
+        return Entry(
+            model=exchange.model,
+            endpoint=exchange.endpoint,
+            name=wanted.asked.envelope.model,
+            operation=exchange.operation,
+            stream=reply.is_event_stream,
+            content_type=content_type(reply.headers),
+            body=body,
+            stored_at=self._clock(),
+            ttl=ttl if wanted.wish.ttl is None else min(wanted.wish.ttl, ttl),
+            usage=reply.tally.usage,
+            finish_reason=reply.tally.finish_reason,
+        )
+
+    async def _keep(self, name: bytes, entry: Entry | None, claim: Claim | None) -> None:
+        if entry is not None and len(entry.body) <= self._limit:
+            await _now(self._store.put(name, entry, claim))
+            self._keeps.kept(await self.stats())
+        elif claim is not None:
+            await _now(self._store.release(claim))
+
+
+def _key(asked: Asked, model: Model, rule: Rule, wish: Wish, key_id: str) -> bytes | None:
+    """Return what an answer is kept under, None where it is not to be kept."""
+    when = rule.when if wish.when is None or rule.when == "never" else wish.when
+    if when == "never" or (when == "deterministic" and not key.is_deterministic(asked.path, asked.envelope.fields)):
+        return None
+    return key.key(asked, model.name, model.revision, key_id if rule.scope == "key" else "")
+
+
+async def _now(found: Awaitable[T] | T) -> T:
+    """Return what a store gave, at once or in a moment."""
+    return await found if isinstance(found, Awaitable) else found
+
+
+def _may_be_kept(reply: Reply, exchange: Exchange) -> bool:
+    """Say whether an answer is whole, and is the model's own."""
+    if exchange.level or exchange.resumed or reply.tally.failed:
+        return False
+    if exchange.operation in FIRST_TOKEN and reply.tally.finish_reason not in _WHOLE:
+        return False
+    return reply.is_event_stream or content_type(reply.headers).lower().startswith(replay.JSON)
+
+
+async def _passed(reply: Reply, flight: Flight, source: str) -> bytes | None:
+    """Pass an answer to all who wait for it; return all of it, None if that is more than is kept."""
+    streams = reply.is_event_stream and reply.status == 200
+    flight.begin(reply, source, streams=streams)
+    if not streams:
+        return reply.document if reply.body is None else None
+    flight.put(reply.opening)
+    passing, more = b"", True
+    while more:
+        try:
+            assert reply.body is not None
+            async for data in reply.body:
+                flight.put(reply.read(data))
+                await flight.room()
+            passing, more = reply.end(), False
+        except UpstreamError as error:
+            passing, more = await reply.mend(error)
+        flight.put(passing)
+    return flight.whole()
+
+
+def _live(flight: Flight, wanted: Wanted, *, leads: bool) -> Reply:
+    """Make the reply of one who reads a stream while it is made."""
+    assert flight.reply
+    exchange, name = wanted.exchange, wanted.asked.envelope.model
+    cost = (exchange.cost if leads else _free) if wanted.shows_cost else None
+    first = FIRST_TOKEN.get(exchange.operation, b"")
+    account = StreamAccount(hide_usage=wanted.hides_usage(), first_token=first, cost=cost)
+    headers = list(flight.reply.headers)
+    reply = Reply(exchange, 200, headers, account, flight.read(exchange), accounts=not leads)
+    if flight.name != name:
+        reply.change = EventRenamer(name)
+
+    async def end(reply: Reply, error: UpstreamError) -> tuple[bytes, bool]:
+        exchange.fail(error)
+        return reply.broken(error) + sse.error_event(upstream_failure(error).envelope()), False
+
+    reply.mending = end
+    return reply
+
+
+def _given(body: bytes, headers: Headers, entry: Entry, exchange: Exchange) -> Reply:
+    reply = Reply(exchange, 200, headers, NoAccount(Tally.of(entry.usage, entry.finish_reason)), None)
+    reply.document = body
+    return reply
+
+
+def _paced(events: bytes, pace: float, headers: Headers, wanted: Wanted) -> Reply:
+    """Make the reply of a kept answer that is given event by event. pace: events a second."""
+
+    async def body() -> AsyncIterator[bytes]:
+        for event in sse.Events().feed(events):
+            yield event
+            await asyncio.sleep(1 / pace)
+
+    exchange = wanted.exchange
+    account = StreamAccount(first_token=FIRST_TOKEN.get(exchange.operation, b""))
+    return Reply(exchange, 200, headers, account, body())
+
+
+def _free(usage: Usage) -> float:
+    return 0.0
+
+
+def _type(entry: Entry, *, stream: bool) -> bytes:
+    if entry.stream == stream:
+        return entry.content_type
+    return replay.EVENT_STREAM if stream else replay.JSON
+
+
+def _labelled(
+    reply: Reply, exchange: Exchange, name: bytes | None = None, entry: Entry | None = None, now: float = 0.0
+) -> Reply:
+    """Say what the cache did; of a kept answer, who gave it, and how old it is."""
+    headers = [(b"x-polyvox-cache", exchange.cache.encode())]
+    if name is not None:
+        headers.append((b"x-polyvox-cache-key", name.hex().encode()))
+    if entry is not None:
+        headers += (
+            (b"x-polyvox-model", entry.model.encode()),
+            (b"x-polyvox-endpoint", entry.endpoint.encode()),
+            (b"age", b"%d" % entry.age(now)),
+        )
+    reply.headers += headers
+    return reply
