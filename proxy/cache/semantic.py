@@ -20,7 +20,7 @@ from proxy.cache.settings import Semantic as Settings
 from proxy.cache.vectors import Near, Vector, Vectors
 from proxy.config import BreakerSettings
 
-Embed = Callable[[str], Awaitable[Vector | None]]  # raises whatever it does
+Embed = Callable[[str, str], Awaitable[Vector | None]]  # a text, and the key that asks; raises whatever it does
 
 _BREAKER: Final = BreakerSettings(failures=3, minimum=20, window=10.0, recovery=2.0, max_recovery=30.0)
 
@@ -58,8 +58,8 @@ class Semantic:
     def __repr__(self) -> str:
         return f"<Semantic {self._tally!r} {self._vectors!r} {self._breaker!r}>"
 
-    async def find(self, text: str, partition: bytes) -> Search:
-        """Look for an answer to a question that means the same, for `timeout` seconds at most."""
+    async def find(self, text: str, partition: bytes, key_id: str) -> Search:
+        """Look for an answer to a question that means the same, for `timeout` seconds at most. key_id: of who asks."""
         self._tally.questions += 1
         now = self._clock()
         if not self._breaker.allow(now):
@@ -68,7 +68,7 @@ class Semantic:
         ticket = self._breaker.begin(now)
         try:
             async with asyncio.timeout(self._settings.timeout):
-                search = await self._search(text, partition)
+                search = await self._search(text, partition, key_id)
         except Exception:  # whatever an upstream or a store does is a miss; those tell of it themselves
             search = Search(partition)
         well = search.vector is not None
@@ -92,8 +92,8 @@ class Semantic:
         """Return what would be hit at which threshold."""
         return self._tally.report(shadow=self._settings.shadow, threshold=self._settings.threshold)
 
-    async def _search(self, text: str, partition: bytes) -> Search:
-        vector = await self._embed(text)
+    async def _search(self, text: str, partition: bytes, key_id: str) -> Search:
+        vector = await self._embed(text, key_id)
         near = None if vector is None else await self._vectors.nearest(partition, vector)
         if near is None:
             return Search(partition, vector)

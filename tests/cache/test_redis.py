@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import ssl
 
 import pytest
+import redis
+import trustme
 
 from proxy.cache import Claim
 from proxy.cache.redis import PREFIX, RedisStore, connect
 from proxy.cache.shield import HELD, Shield
 from tests.cache.entries import entry, key
+from tests.cache.redis_server import PASSWORD
 
 
 def run(server, scenario, lease=5.0):
@@ -184,5 +188,35 @@ def test_a_server_on_a_unix_socket_will_do(server):
             assert (await store.get(key())).body == b"Paris"
             assert server.client.exists(entry_key())
         await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_server_behind_tls_will_do_and_its_certificate_is_checked(server, tmp_path):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+
+    async def forward(reader, writer):
+        with contextlib.closing(writer):
+            while data := await reader.read(65536):
+                writer.write(data)
+
+    async def terminate(reader, writer):
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.gather(forward(reader, inner_writer), forward(inner_reader, writer))
+
+    async def scenario():
+        front = await asyncio.start_server(terminate, "127.0.0.1", 0, ssl=context)
+        url = f"rediss://:{PASSWORD}@localhost:{front.sockets[0].getsockname()[1]}/1"
+        trusting = RedisStore(connect(f"{url}?ssl_ca_certs={tmp_path / 'ca.pem'}"), 5.0)
+        await trusting.put(key(), entry("Paris"))
+        assert (await trusting.get(key())).body == b"Paris"
+        other = RedisStore(connect(url), 5.0)
+        with pytest.raises(redis.ConnectionError):
+            await other.get(key())
+        await asyncio.gather(trusting.close(), other.close())
+        front.close()
 
     asyncio.run(scenario())
