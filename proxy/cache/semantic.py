@@ -6,6 +6,7 @@ parameter (its partition). Whatever goes wrong, or takes too long, is a miss.
 """
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from time import monotonic
@@ -13,7 +14,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from proxy.breaker import Breaker, Outcome
+from proxy.breaker import Breaker, Change, Outcome, State
 from proxy.cache import Entry, Store, replay
 from proxy.cache.likeness import LOWEST, Likeness, Tally, alike
 from proxy.cache.settings import Semantic as Settings
@@ -23,6 +24,8 @@ from proxy.config import BreakerSettings
 Embed = Callable[[str, str], Awaitable[Vector | None]]  # a text, and the key that asks; raises whatever it does
 
 _BREAKER: Final = BreakerSettings(failures=3, minimum=20, window=10.0, recovery=2.0, max_recovery=30.0)
+
+_log = logging.getLogger("polyvox.cache")
 
 
 class Search(NamedTuple):
@@ -42,17 +45,21 @@ class Semantic:
     """The semantic cache of an alias."""
 
     def __init__(
-        self, settings: Settings, vectors: Vectors, embed: Embed, store: Store,
+        self, name: str, settings: Settings, vectors: Vectors, embed: Embed, store: Store,
         clock: Callable[[], float] = monotonic, chance: Callable[[], float] = random.random,
     ) -> None:  # fmt: skip
+        """name: of the alias."""
         self.max_turns = settings.max_turns
+        self._name = name
         self._settings = settings
         self._vectors = vectors
         self._embed = embed
         self._store = store
         self._clock = clock
-        # All mutable state: whether embeddings and vectors are asked for, and what was counted.
-        self._breaker = Breaker(_BREAKER, chance)
+        # All mutable state: whether embeddings and vectors are asked for, why they were not to be had last, and what
+        # was counted.
+        self._breaker = Breaker(_BREAKER, chance, self._changed)
+        self._trouble = ""
         self._tally = Tally()
 
     def __repr__(self) -> str:
@@ -69,8 +76,10 @@ class Semantic:
         try:
             async with asyncio.timeout(self._settings.timeout):
                 search = await self._search(text, partition, key_id)
-        except Exception:  # whatever an upstream or a store does is a miss; those tell of it themselves
+            self._trouble = "no vector in the answer"
+        except Exception as e:  # whatever an upstream or a store does is a miss; its words may have addresses
             search = Search(partition)
+            self._trouble = type(e).__name__
         well = search.vector is not None
         self._tally.unanswered += not well
         self._breaker.record(Outcome.SUCCESS if well else Outcome.FAILURE, self._clock(), ticket)
@@ -105,6 +114,12 @@ class Semantic:
             await self._vectors.forget(partition, near.key)
             return Search(partition, vector)
         return Search(partition, vector, near, None, earlier)
+
+    def _changed(self, change: Change) -> None:
+        if change.before is State.CLOSED:
+            _log.warning("the semantic cache of %s fails (%s); questions are not compared", self._name, self._trouble)
+        elif change.after is State.CLOSED:
+            _log.warning("the semantic cache of %s works again", self._name)
 
     def _judged(self, search: Search) -> Search:
         """Count a search; let its answer be given if it is near enough, and this is no shadow."""

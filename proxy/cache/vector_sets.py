@@ -9,7 +9,7 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from proxy.cache.redis import PREFIX
+from proxy.cache.redis import PREFIX, connect
 from proxy.cache.vectors import Near, Vector
 
 _SPARE: Final = 32  # questions that may go at once to make room
@@ -72,7 +72,11 @@ def _near(found: Any) -> Near | None:
     return next((Near(key, 2 * float(score) - 1) for key, score in pairs), None)
 
 
-async def are_there(redis: Redis) -> bool:
-    """Say whether a server has vector sets."""
+async def are_there(url: str) -> bool:
+    """Say whether a server has vector sets. Raises whatever redis-py does."""
+    redis = connect(url)
     ask: Callable[..., Awaitable[Any]] = redis.execute_command
-    return any(await ask("COMMAND INFO", "VADD"))
+    try:
+        return any(await ask("COMMAND INFO", "VADD"))
+    finally:
+        await redis.aclose()

@@ -13,7 +13,13 @@ from proxy.cache.vectors import MemoryVectors
 from tests.cache.entries import entry, key
 from tests.cache.test_vectors import ONE, OTHER, toward
 
-MEANING = {"capital of France?": 0, "France's capital?": 10, "French capital city?": 40, "weather?": 90, "and now?": 180}
+MEANING = {
+    "capital of France?": 0,
+    "France's capital?": 10,
+    "French capital city?": 40,
+    "weather?": 90,
+    "and now?": 180,
+}
 
 
 class Cache:
@@ -25,7 +31,9 @@ class Cache:
         self.now = 1000.0
         given = Settings(**{"embeddings": "minilm", "threshold": 0.95, "timeout": 30, **settings})
         vectors = MemoryVectors(given.max_entries)
-        self.semantic = Semantic(given, vectors, self.embed, self.store, clock=lambda: self.now, chance=lambda: 0.5)
+        self.semantic = Semantic(
+            "gpt", given, vectors, self.embed, self.store, clock=lambda: self.now, chance=lambda: 0.5
+        )
 
     async def embed(self, text, key_id):
         self.asked.append(text)
@@ -101,13 +109,19 @@ def test_a_shadow_answers_nothing_and_tells_what_would_have_been():
 
 @pytest.mark.parametrize(
     ("one", "other", "share"),
-    [("Paris.", "paris", 1.0), ("", "", 1.0), ("Paris", "", 0.0), ("It is Paris", "It is Lyon", 0.5), ("Москва", "москва!", 1)],
+    [
+        ("Paris.", "paris", 1.0),
+        ("", "", 1.0),
+        ("Paris", "", 0.0),
+        ("It is Paris", "It is Lyon", 0.5),
+        ("Москва", "москва!", 1),
+    ],
 )
 def test_answers_are_alike_by_their_words(one, other, share):
     assert alike(one, other) == share
 
 
-def test_an_embedding_that_fails_is_a_miss_and_soon_not_asked_for():
+def test_an_embedding_that_fails_is_a_miss_and_soon_not_asked_for(caplog):
     async def scenario():
         cache = Cache()
         await cache.ask("capital of France?")
@@ -120,6 +134,10 @@ def test_an_embedding_that_fails_is_a_miss_and_soon_not_asked_for():
         assert await cache.ask("capital of France?") is not None
 
     run(scenario())
+    assert [record.getMessage() for record in caplog.records] == [
+        "the semantic cache of gpt fails (KeyError); questions are not compared",
+        "the semantic cache of gpt works again",
+    ]
 
 
 def test_an_embedding_that_takes_too_long_is_a_miss():

@@ -80,15 +80,8 @@ def test_vectors_of_another_size_begin_anew():
 
 
 def test_a_server_is_asked_whether_it_has_them(server):
-    async def older():
-        redis = connect(server.url)
-        try:
-            return await are_there(redis)
-        finally:
-            await redis.aclose()
+    async def newer(_, fake):
+        assert await are_there(fake.url)
 
-    async def newer(vectors, _):
-        assert await are_there(vectors._redis)
-
-    assert not asyncio.run(older())
+    assert not asyncio.run(are_there(server.url))
     run(newer)
