@@ -14,6 +14,7 @@ from litestar.handlers import asgi
 from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
 from proxy.auth import Caller, Keys
+from proxy.cached import Cached
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.deadline import Deadline
@@ -62,13 +63,15 @@ class Api:
         server: Server,
         prices: Prices | None = None,
         books: Books | None = None,
+        cached: Cached | None = None,
     ) -> None:
-        """books: of the ledger, for a server that keeps one."""
+        """books: of the ledger, for a server that keeps one. cached: the same of the cache of answers."""
         self._chat = chat
         self._live = live
         self._metrics = metrics
         self._prices = prices
         self._books = books
+        self._cached = cached
         self._sink: Sink = Both(metrics, books.recorder) if books else metrics
         self._keys = Keys(server.api_keys)
         self._usage_keys = Keys(server.api_keys, admins=server.admin_keys)

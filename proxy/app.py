@@ -10,6 +10,10 @@ from proxy import gauging, market, providers, registry
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
+from proxy.cache.bulletin import Bulletin
+from proxy.cache.memory import MemoryStore
+from proxy.cache.settings import size
+from proxy.cached import Cached
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
@@ -28,7 +32,10 @@ from proxy.transport.local import LocalTransport
 class Worker:
     """What one worker process holds."""
 
-    def __init__(self, config: Config, control_socket: Path, metrics: Metrics, board: Board, ledger: Path) -> None:
+    def __init__(
+        self, config: Config, control_socket: Path, metrics: Metrics, board: Board, ledger: Path,
+        bulletin: Bulletin,
+    ) -> None:  # fmt: skip
         """ledger: the folder of a server that keeps one."""
         providers.prepare(config)
         self._config = config
@@ -40,8 +47,10 @@ class Worker:
         self._prices = Prices(config, metrics.throughput)
         self._books = make_books(config, ledger, self._prices)
         self._endpoints = Endpoints(metrics)
+        self._bulletin = bulletin
         self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
-        # All mutable state: a transport for each address in use, and the tasks that go on beside the requests.
+        # All mutable state: the cache, a transport for each address in use, and the tasks that go on beside the requests.
+        self._cached: Cached | None = None
         self._transports: dict[str, Transport] = {}
         self._following: list[asyncio.Task[None]] = []
 
@@ -53,7 +62,9 @@ class Worker:
         server = self._config.server
         admission = make_admission(self._config, self._balancer, self._metrics)
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
-        api = Api(Chat(ways), self._live, self._metrics, server, self._prices, self._books)
+        self._cached = make_cached(self._config, ways, self._bulletin)
+        chat = Chat(ways, self._cached)
+        api = Api(chat, self._live, self._metrics, server, self._prices, self._books, self._cached)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:
@@ -64,6 +75,8 @@ class Worker:
             gauged = gauging.follow(names, self._live, self._transport_to, self._balancer)
             self._following.append(asyncio.create_task(gauged))
 
+        if self._cached:
+            self._following.append(asyncio.create_task(self._cached.run()))
         if self._books:
             self._following.append(asyncio.create_task(self._books.recorder.run()))
         if offers := market.offers(self._config):
@@ -77,6 +90,8 @@ class Worker:
             task.cancel()
         await asyncio.gather(*self._following, return_exceptions=True)
         await self._recovery.close()
+        if self._cached:
+            await self._cached.close()
         if self._books:
             await self._books.close()
         for transport in (*self._transports.values(), self._supervisor):
@@ -93,6 +108,15 @@ def make_books(config: Config, folder: Path, prices: Prices) -> Books | None:
     """Return a worker's way to the ledger, None for a server that keeps none."""
     settings = config.ledger_settings()
     return Books(Place(settings, folder), prices.known) if settings else None
+
+
+def make_cached(config: Config, ways: Ways, bulletin: Bulletin) -> Cached | None:
+    """Return a worker's cache of answers, None for a server that keeps none."""
+    settings = config.cache_settings()
+    if settings is None:
+        return None
+    store = MemoryStore(size(settings.max_bytes) // config.server.workers)
+    return Cached(ways, store, settings, bulletin)
 
 
 def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:

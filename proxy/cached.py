@@ -3,15 +3,16 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 import msgspec
 
 from proxy import accounting, sse
 from proxy.accounting import NoAccount, StreamAccount, Tally, Usage
 from proxy.cache import Claim, Entry, Stats, Store, key, replay
+from proxy.cache.bulletin import Bulletin, Purge
 from proxy.cache.flight import Flight
-from proxy.cache.settings import CacheSettings, Rule, size
+from proxy.cache.settings import CacheRule, CacheSettings, size
 from proxy.cache.wish import Wish
 from proxy.deadline import Deadline
 from proxy.errors import TruncatedAnswer, UpstreamError, upstream_failure
@@ -31,12 +32,6 @@ _PATIENCE = 60.0  # seconds to wait for another replica's answer, where the clie
 _WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
 
 
-class Keeps(Protocol):
-    """Is told what a store holds."""
-
-    def kept(self, stats: Stats) -> None: ...
-
-
 class Wanted(msgspec.Struct, frozen=True, gc=False):
     """A request whose answer may be kept. chain: names of models. shows_cost: see Exchange."""
 
@@ -46,7 +41,7 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     exchange: Exchange
     deadline: Deadline | None
     wish: Wish
-    rule: Rule
+    rule: CacheRule
     key: bytes
     shows_cost: bool
 
@@ -64,13 +59,13 @@ class Cached:
     """Answers requests from a store where it can, and fills it."""
 
     def __init__(
-        self, ways: Ways, store: Store, settings: CacheSettings, keeps: Keeps, clock: Callable[[], float] = time.time
+        self, ways: Ways, store: Store, settings: CacheSettings, bulletin: Bulletin, clock: Callable[[], float] = time.time
     ) -> None:
         """clock: seconds since 1970."""
         self._ways = ways
         self._store = store
         self._settings = settings
-        self._keeps = keeps
+        self._bulletin = bulletin
         self._limit = size(settings.max_entry_bytes)
         self._clock = clock
         # All mutable state: the generations under way that others may join; only those fill the store.
@@ -104,15 +99,40 @@ class Cached:
         return await self._lead(wanted)  # 4
 
     async def purge(self, model: str | None = None, prefix: bytes = b"") -> int:
-        """Forget answers, those that are being made included; return how many were kept. See Store.purge."""
-        self._flights.clear()
-        dropped = await _now(self._store.purge(model, prefix))
-        self._keeps.kept(await self.stats())
-        return dropped
+        """Have all workers forget answers, those that are being made included; return how many were kept.
+
+        model: of which; None for all. prefix: of their keys.
+        """
+        shared = await _now(self._store.purge(model, prefix)) if self._store.is_shared else 0
+        number = self._bulletin.post(Purge(model, prefix))
+        await self._catch_up()
+        return shared + await self._bulletin.acknowledged(number)
+
+    async def _catch_up(self) -> None:
+        """Drop what this worker is told to."""
+        dropped = 0
+        for purge in self._bulletin.missed():
+            self._flights.clear()
+            if not self._store.is_shared:
+                dropped += await _now(self._store.purge(purge.model, purge.prefix))
+        await self._tell()
+        self._bulletin.apply(dropped)
+
+    async def _tell(self) -> None:
+        """Tell the other workers what the store of this one holds."""
+        if not self._store.is_shared:
+            self._bulletin.kept(await _now(self._store.stats()))
+
+    async def run(self) -> None:
+        """Drop for ever what this worker is told to, also while nobody asks it for anything."""
+        while True:
+            await self._bulletin.pause()
+            if self._bulletin.is_behind():
+                await self._catch_up()
 
     async def stats(self) -> Stats:
-        """Return what the store holds."""
-        return await _now(self._store.stats())
+        """Return what the stores of all workers hold."""
+        return await _now(self._store.stats()) if self._store.is_shared else self._bulletin.all()
 
     async def close(self) -> None:
         """End what is under way, and close the store."""
@@ -126,6 +146,8 @@ class Cached:
 
     async def _found(self, wanted: Wanted) -> Reply | None:
         """Return the answer that is kept, or that others wait for; None if there is neither, or it failed them."""
+        if self._bulletin.is_behind():
+            await self._catch_up()
         flight = self._flights.get(wanted.flight)
         if flight is None:
             entry = self._store.get(wanted.key)
@@ -161,7 +183,7 @@ class Cached:
     async def _join(self, flight: Flight, wanted: Wanted) -> Reply | None:
         """Wait for a generation with others. None if it failed: then each goes its own way."""
         exchange = wanted.exchange
-        flight.join(exchange)
+        flight.join(exchange, reads=wanted.asked.envelope.stream)
         exchange.shares(flight, leads=False)
         await flight.begun()
         if not (wanted.asked.envelope.stream and flight.streams):
@@ -179,7 +201,7 @@ class Cached:
     async def _lead(self, wanted: Wanted) -> Reply:
         """Have an answer made."""
         flight = self._flights[wanted.flight] = Flight(wanted.asked.envelope.model, self._limit)
-        flight.join(wanted.exchange)
+        flight.join(wanted.exchange, reads=wanted.asked.envelope.stream)
         wanted.exchange.shares(flight, leads=True)
         flight.task = asyncio.create_task(self._fly(flight, wanted))
         await flight.begun()
@@ -243,12 +265,12 @@ class Cached:
     async def _keep(self, name: bytes, entry: Entry | None, claim: Claim | None) -> None:
         if entry is not None and len(entry.body) <= self._limit:
             await _now(self._store.put(name, entry, claim))
-            self._keeps.kept(await self.stats())
+            await self._tell()
         elif claim is not None:
             await _now(self._store.release(claim))
 
 
-def _key(asked: Asked, model: Model, rule: Rule, wish: Wish, key_id: str) -> bytes | None:
+def _key(asked: Asked, model: Model, rule: CacheRule, wish: Wish, key_id: str) -> bytes | None:
     """Return what an answer is kept under, None where it is not to be kept."""
     when = rule.when if wish.when is None or rule.when == "never" else wish.when
     if when == "never" or (when == "deterministic" and not key.is_deterministic(asked.path, asked.envelope.fields)):
@@ -299,7 +321,7 @@ def _live(flight: Flight, wanted: Wanted, *, leads: bool) -> Reply:
     first = FIRST_TOKEN.get(exchange.operation, b"")
     account = StreamAccount(hide_usage=wanted.hides_usage(), first_token=first, cost=cost)
     headers = list(flight.reply.headers)
-    reply = Reply(exchange, 200, headers, account, flight.read(exchange), accounts=not leads)
+    reply = Reply(exchange, 200, headers, account, flight.reader(exchange), accounts=not leads)
     if flight.name != name:
         reply.change = EventRenamer(name)
 

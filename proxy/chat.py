@@ -71,10 +71,10 @@ class Chat:
         chain = registry.chains.get(envelope.model, ())
         field = envelope.fields.get("cache")
         if field is not None:
-            asked = _without_cache(asked)
+            asked = asked if form else _without_cache(asked)
         if self._cached is None:
             return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
-        wanted = wish.read(request.headers, field)
+        wanted = wish.read(request.headers, None if form else field)
         return await self._cached.answer(asked, model, chain, exchange, request.deadline, wanted)
 
 
@@ -86,8 +86,6 @@ def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
 
 def _without_cache(asked: Asked) -> Asked:
     """Take out what a request says of our cache, of which no engine knows."""
-    if asked.form:
-        return asked
     fields = {name: value for name, value in asked.envelope.fields.items() if name != "cache"}
     envelope = msgspec.structs.replace(asked.envelope, fields=fields)
     return msgspec.structs.replace(asked, body=wire.without_field(asked.body, "cache"), envelope=envelope)

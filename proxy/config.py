@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import media, references, rules, tasks
+from proxy.cache.settings import CacheSettings
 from proxy.cost import Hosting, Price
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
@@ -25,32 +26,11 @@ from proxy.limits import Limits
 from proxy.naming import AUTO, AliasSettings
 from proxy.references import TASK, Names, no_such
 from proxy.rules import RoutingSettings, Rule
+from proxy.secret import MASK as MASK
+from proxy.secret import Secret as Secret
 from proxy.traits import Traits
 
-MASK = "***"
-
 T = TypeVar("T")
-
-
-class Secret:
-    """A string that never shows itself: only `reveal()` gives the value."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def reveal(self) -> str:
-        return self._value
-
-    def __repr__(self) -> str:
-        return MASK
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._value == self._value
-
-    def __hash__(self) -> int:
-        return hash(self._value)
 
 
 class ApiKey(Secret):
@@ -236,6 +216,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     routing: RoutingSettings = RoutingSettings()
     rules: tuple[Rule, ...] = ()
     ledger: LedgerSettings | bool = LedgerSettings()
+    cache: CacheSettings | bool = CacheSettings()
 
     def names(self) -> Names:
         """Return all that has a name, and what it stands for."""
@@ -246,6 +227,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if isinstance(self.ledger, bool):
             return LedgerSettings() if self.ledger else None
         return self.ledger
+
+    def cache_settings(self) -> CacheSettings | None:
+        """Return how answers are kept, None for `cache: off`."""
+        if isinstance(self.cache, bool):
+            return CacheSettings() if self.cache else None
+        return self.cache
 
     def endpoint_names(self) -> dict[str, tuple[str, ...]]:
         """Return the names of the endpoints of each model: see ModelSettings.endpoint_names."""
@@ -588,6 +575,32 @@ def _check(config: Config, source: _Source) -> None:
     _check_routing(config, source)
     if (ledger := config.ledger_settings()) and ledger.url:
         _check_ledger_url(ledger.url.reveal(), source)
+    if cache := config.cache_settings():
+        _check_cache(cache, config, source)
+
+
+def _check_cache(cache: CacheSettings, config: Config, source: _Source) -> None:
+    for name in cache.models:
+        _check_known(name, config.names().all(), ("cache", "models", name), source)
+    if cache.store == "memory" and cache.url:
+        raise source.error(("cache", "url"), "the store memory has no address; this is for redis")
+    if cache.store == "redis" and not cache.url:
+        raise source.error(("cache", "store"), "redis needs an address: url: redis://HOST:6379/0")
+    if cache.url:
+        _check_redis_url(cache.url.reveal(), source)
+
+
+def _check_redis_url(url: str, source: _Source) -> None:
+    try:
+        parts = urlsplit(url)
+        known = (parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0) or (
+            parts.scheme == "unix" and parts.path.startswith("/")
+        )
+    except ValueError:
+        known = False
+    if not known:  # the address is not shown: it may have a password
+        expected = "redis://[USER:PASSWORD@]HOST[:PORT][/NUMBER], rediss://... or unix:///PATH"
+        raise source.error(("cache", "url"), f"expected {expected}")
 
 
 def _check_routing(config: Config, source: _Source) -> None:
@@ -746,7 +759,9 @@ _SECRET_NAME = re.compile(r"(?i)(?:^|[-_])(api[-_]?keys?|token|secrets?|password
 def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
     """Return (value, what to print for it): all that came by ${NAME}, and what is secret by its place."""
     found = {key.reveal(): MASK for key in (*config.server.api_keys, *config.server.admin_keys)}
-    found.update(dict.fromkeys(_of_ledger(config.ledger_settings()), MASK))
+    for settings in (config.ledger_settings(), config.cache_settings()):
+        if settings and settings.url:
+            found.update(dict.fromkeys(_of_address(settings.url.reveal()), MASK))
     for model in config.models.values():
         found.update({e.api_key.reveal(): MASK for e in model.endpoints if e.api_key})
         places = [model.engine.env, model.engine.args] if model.engine else [e.options for e in model.endpoints]
@@ -756,12 +771,11 @@ def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(((v, n) for v, n in found.items() if v), key=lambda pair: -len(pair[0])))
 
 
-def _of_ledger(ledger: LedgerSettings | None) -> Iterator[str]:
-    """Yield the address of the ledger's database and its password, as it is there and as it is meant."""
-    if ledger and ledger.url:
-        yield ledger.url.reveal()
-        password = urlsplit(ledger.url.reveal()).password or ""
-        yield from (password, unquote(password))
+def _of_address(url: str) -> Iterator[str]:
+    """Yield the address of a database and its password, as it is there and as it is meant."""
+    yield url
+    password = urlsplit(url).password or ""
+    yield from (password, unquote(password))
 
 
 def _named_as_secret(value: Any) -> Iterator[str]:

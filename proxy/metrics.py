@@ -20,6 +20,7 @@ from proxy.accounting import FINISH_REASONS, Usage
 from proxy.config import Config
 from proxy.cost import work
 from proxy.telemetry import (
+    CACHE_RESULTS,
     ERROR_TYPES,
     OPERATIONS,
     OTHER,
@@ -87,9 +88,11 @@ _IN, _OUT, _CACHED = _TOKENS = (
     Counter("polyvox_prompt_tokens_cached", "Tokens of prompts found in a cache of the engine", len(_OUTCOMES) + 2),
 )
 _COST = Counter("polyvox_cost_usd", "What requests cost whose cost is known", len(_OUTCOMES) + len(_TOKENS))
+_SAVED = Counter("polyvox_cache_saved_usd", "What the answers of the cache would have cost", _COST.at + 1)
+_RESULTS = {result: _SAVED.at + 1 + i for i, result in enumerate(CACHE_RESULTS)}
 _TTFT, _TPOT, _E2E, _OVERHEAD = _HISTOGRAMS = tuple(
     _histograms(
-        _COST.at + 1,
+        _SAVED.at + 1 + len(_RESULTS),
         ("polyvox_time_to_first_token_seconds", "Of streams, from the request being here", _FIRST),
         ("polyvox_request_time_per_output_token_seconds", "Of streams, for each token after the first", _EACH),
         ("polyvox_e2e_request_latency_seconds", "From the request being here to the end of the answer", _ALL),
@@ -190,6 +193,9 @@ class Metrics:
         own[at + _CACHED.at] += event.tokens_cached
         if event.usd:
             own[at + _COST.at] += event.usd
+        if event.cache:
+            own[at + _RESULTS[event.cache]] += 1
+            own[at + _SAVED.at] += event.saved or 0.0
         self._observe(at, _E2E, event.seconds)
         if event.to_first_token is not None:
             self._observe(at, _TTFT, event.to_first_token)
@@ -287,7 +293,9 @@ def _families(rows: _Rows, gauges: dict[tuple[str, str], float]) -> Iterator["Me
                       "finished_reason", FINISH_REASONS, 0)  # fmt: skip
     yield _by_outcome(rows, "polyvox_request_errors", "Requests that failed, by why",
                       "error_type", ERROR_TYPES, len(FINISH_REASONS))  # fmt: skip
-    for counter in (*_TOKENS, _COST):
+    yield _by_outcome(rows, "polyvox_cache_requests", "Requests by what the cache did for them", "result",
+                      CACHE_RESULTS, _RESULTS[CACHE_RESULTS[0]])  # fmt: skip
+    for counter in (*_TOKENS, _COST, _SAVED):
         yield _counter(rows, counter)
     for histogram in _HISTOGRAMS:
         yield _histogram(rows, histogram)

@@ -4,6 +4,7 @@ A name stands for a Model, for a Preset of what else a name may stand for, or fo
 """
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -66,7 +67,10 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A model and its endpoints, with the state of the best of them. context_length: None where nobody says it."""
+    """A model and its endpoints, with the state of the best of them. context_length: None where nobody says it.
+
+    revision: of what gives its answers; another one when the configuration names other weights, or other servers.
+    """
 
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -78,6 +82,7 @@ class Model(msgspec.Struct, frozen=True):
     breaker: BreakerSettings = BreakerSettings()
     retries: RetrySettings = RetrySettings()
     traits: Traits = Traits()
+    revision: str = ""
 
     def ready(self) -> tuple[Endpoint, ...]:
         """Return the endpoints that take requests now."""
@@ -225,6 +230,7 @@ def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], ser
         breaker=model.breaker,
         retries=model.retries,
         traits=model.traits(),
+        revision=_revision(model),
     )
 
 
@@ -241,7 +247,18 @@ def _remote(name: str, model: ModelSettings) -> Model:
         breaker=model.breaker,
         retries=model.retries,
         traits=model.traits(),
+        revision=_revision(model),
     )
+
+
+def _revision(model: ModelSettings) -> str:
+    """Return what differs where a model may give other answers, however many there are who give them."""
+    engine = model.engine
+    if engine:
+        parts: list[object] = [engine.weights, engine.quantization, engine.dtype, engine.max_model_len, engine.args]
+    else:
+        parts = sorted({(e.provider, e.base_url, e.model or "") for e in model.endpoints})
+    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()[:16]
 
 
 def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:

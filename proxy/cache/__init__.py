@@ -73,6 +73,11 @@ class Stats(msgspec.Struct, frozen=True, gc=False):
 class Store(Protocol):
     """Keeps entries by their keys, for the ttl of each at most. It never raises for what goes wrong: that is a miss."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Say whether it is that of all workers, rather than one of each."""
+        ...
+
     def get(self, key: bytes) -> "Entry | None | Awaitable[Entry | None]":
         """Return the entry of a key while it is fresh."""
         ...

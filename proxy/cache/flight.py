@@ -49,9 +49,9 @@ class Flight:
 
     # Members
 
-    def join(self, member: object) -> None:
-        """Somebody waits for the answer, until it leaves."""
-        self._members[member] = None
+    def join(self, member: object, *, reads: bool) -> None:
+        """Somebody waits for the answer, until it leaves. reads: as it comes, if it is a stream."""
+        self._members[member] = Reader(self) if reads else None
 
     def leave(self, member: object) -> bool:
         """Somebody does not wait any more. The last to leave ends the generation. Say whether it goes on."""
@@ -61,9 +61,10 @@ class Flight:
             self.task.cancel()
         return not self.over
 
-    def read(self, member: object) -> "Reader":
-        """Return what reads the stream for a member, from its beginning."""
-        reader = self._members[member] = Reader(self)
+    def reader(self, member: object) -> "Reader":
+        """Return what reads the stream, from its beginning, for a member that does."""
+        reader = self._members[member]
+        assert reader
         return reader
 
     def has(self, member: object) -> bool:

@@ -26,6 +26,10 @@ class MemoryStore:
     def __repr__(self) -> str:
         return f"<MemoryStore {len(self._entries)} entries, {self._bytes} of {self._max_bytes} bytes>"
 
+    @property
+    def is_shared(self) -> bool:
+        return False
+
     def get(self, key: bytes) -> Entry | None:
         entry = self._entries.get(key)
         if entry is None:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from proxy.secret import Secret
+
 Scope = Literal["key", "shared"]
 When = Literal["deterministic", "always", "never"]
 Size = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^[0-9]{1,12} ?([KMG]i?B)?$")]
@@ -14,7 +16,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 _MiB = 2**20
 
 
-class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CacheRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How answers are kept: what one model or alias does otherwise than the rest. What is left out is as for the rest."""
 
     ttl: Ttl | None = None
@@ -35,24 +37,24 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     store: Literal["memory", "redis"] = "memory"
-    url: str | None = None
+    url: Secret | None = None
     ttl: Ttl = 3600.0
     max_bytes: Size = 256 * _MiB
     max_entry_bytes: Size = 4 * _MiB
     scope: Scope = "key"
     when: When = "deterministic"
     pace: Annotated[float, Meta(ge=0)] = 0.0
-    models: dict[str, Rule] = {}
+    models: dict[str, CacheRule] = {}
 
-    def rule(self, name: str, model: str) -> "Rule":
+    def rule(self, name: str, model: str) -> CacheRule:
         """Return the whole rule for a request that names a model or an alias of it."""
         own, other = self.models.get(name, _NONE), self.models.get(model, _NONE)
-        return Rule(
+        return CacheRule(
             own.ttl or other.ttl or self.ttl, own.scope or other.scope or self.scope, own.when or other.when or self.when
         )
 
 
-_NONE = Rule()
+_NONE = CacheRule()
 
 
 def size(value: int | str) -> int:

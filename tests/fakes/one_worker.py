@@ -11,11 +11,13 @@ import uvicorn
 from engines.spec import FleetStatus
 from proxy import inbound, registry
 from proxy.api import Api, build_app
-from proxy.app import make_admission, make_balancer, make_board
+from proxy.app import make_admission, make_balancer, make_board, make_cached
+from proxy.cache.bulletin import Bulletin
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
 from proxy.metrics import Metrics
+from proxy.prices import Prices
 from proxy.probe import LiveRegistry
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
@@ -42,7 +44,10 @@ class Proxy:
         admission = make_admission(config, self.balancer, self.metrics)
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
-        self.app = build_app(Api(Chat(ways), self.live, self.metrics, config.server), [], [])
+        self.cached = make_cached(config, ways, Bulletin())
+        prices = Prices(config)
+        api = Api(Chat(ways, self.cached), self.live, self.metrics, config.server, prices, cached=self.cached)
+        self.app = build_app(api, [], [])
         self.client = httpx2.AsyncClient()
         self.port = 0
 
@@ -92,6 +97,8 @@ async def proxying(config: Config) -> AsyncIterator[Proxy]:
     finally:
         await proxy.client.aclose()
         await proxy.recovery.close()
+        if proxy.cached:
+            await proxy.cached.close()
         server.should_exit = True
         await serving
         for transport in proxy.transports.values():
