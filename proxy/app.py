@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from litestar.types import ASGIApp
 
@@ -10,14 +11,17 @@ from proxy import gauging, market, providers, registry
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
+from proxy.cache import Store
 from proxy.cache.bulletin import Bulletin
 from proxy.cache.memory import MemoryStore
-from proxy.cache.settings import size
+from proxy.cache.settings import CacheSettings, size
+from proxy.cache.settings import Semantic as SemanticSettings
 from proxy.cached import Cached
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
+from proxy.ledger.recorder import Both
 from proxy.metrics import Metrics
 from proxy.prices import Prices
 from proxy.probe import LiveRegistry, watch_fleet
@@ -27,6 +31,12 @@ from proxy.route import Ways
 from proxy.telemetry import Sink
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from proxy.cache.questions import Questions
+    from proxy.cache.vectors import Vectors
 
 
 class Worker:
@@ -62,7 +72,8 @@ class Worker:
         server = self._config.server
         admission = make_admission(self._config, self._balancer, self._metrics)
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
-        self._cached = make_cached(self._config, ways, self._bulletin)
+        sink: Sink = Both(self._metrics, self._books.recorder) if self._books else self._metrics
+        self._cached = make_cached(self._config, ways, self._bulletin, sink, self._prices)
         chat = Chat(ways, self._cached)
         api = Api(chat, self._live, self._metrics, server, self._prices, self._books, self._cached)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
@@ -110,13 +121,64 @@ def make_books(config: Config, folder: Path, prices: Prices) -> Books | None:
     return Books(Place(settings, folder), prices.known) if settings else None
 
 
-def make_cached(config: Config, ways: Ways, bulletin: Bulletin) -> Cached | None:
-    """Return a worker's cache of answers, None for a server that keeps none."""
+def make_cached(
+    config: Config, ways: Ways, bulletin: Bulletin, sink: Sink, prices: Prices | None = None
+) -> Cached | None:
+    """Return a worker's cache of answers, None for a server that keeps none. sink, prices: of requests for vectors."""
     settings = config.cache_settings()
     if settings is None:
         return None
-    store = MemoryStore(size(settings.max_bytes) // config.server.workers)
-    return Cached(ways, store, settings, bulletin)
+    redis = _connect(settings)
+    store = _make_store(settings, config.server.workers, redis)
+    questions = _make_questions(settings, ways, store, redis, sink, prices) if settings.semantics() else None
+    return Cached(ways, store, settings, bulletin, questions)
+
+
+# What follows is imported where it is made, as most servers need none of it.
+
+
+def _connect(settings: CacheSettings) -> "Redis | None":
+    if settings.url is None:
+        return None
+    from proxy.cache.redis import connect
+
+    return connect(settings.url.reveal())
+
+
+def _make_store(settings: CacheSettings, workers: int, redis: "Redis | None") -> Store:
+    if redis is None:
+        return MemoryStore(size(settings.max_bytes) // workers)
+    from proxy.cache.redis import RedisStore
+    from proxy.cache.shield import LEASE, Shield
+
+    return Shield(RedisStore(redis, LEASE))
+
+
+def _make_questions(
+    settings: CacheSettings, ways: Ways, store: Store, redis: "Redis | None", sink: Sink, prices: Prices | None
+) -> "Questions":
+    from proxy.cache.questions import Questions
+    from proxy.cache.semantic import Semantic
+    from proxy.embedding import Elsewhere, OfModel
+
+    def one(name: str, wanted: SemanticSettings) -> Semantic:
+        maker = wanted.embeddings
+        embed = (
+            OfModel(maker, ways, sink, prices) if isinstance(maker, str) else Elsewhere(name, maker, ways.transport_to)
+        )
+        return Semantic(name, wanted, _make_vectors(settings, name, wanted, redis), embed, store)
+
+    return Questions({name: one(name, wanted) for name, wanted in settings.semantics().items()})
+
+
+def _make_vectors(settings: CacheSettings, name: str, wanted: SemanticSettings, redis: "Redis | None") -> "Vectors":
+    if wanted.vectors == "memory" or redis is None:
+        from proxy.cache.vectors import MemoryVectors
+
+        return MemoryVectors(wanted.max_entries)
+    from proxy.cache.vector_sets import VectorSets
+
+    return VectorSets(redis, name, wanted.max_entries, settings.models[name].ttl or settings.ttl)
 
 
 def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:

@@ -39,6 +39,7 @@ class Flight:
         self.streams = False
         self.over = False
         self.entry: Entry | None = None
+        self.similarity: float | None = None  # of an entry's question to the one that was asked, where that is another
         self.error: Exception | None = None
         self._waiting: list[asyncio.Future[None]] = []
         self._room: asyncio.Future[None] | None = None

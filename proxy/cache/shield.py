@@ -70,6 +70,8 @@ class Remote(Protocol):
 class Shield:
     """A Store around a store elsewhere. Times are by the monotonic clock."""
 
+    is_shared = True
+
     def __init__(
         self, store: Remote, *, patience: float = PATIENCE, lease: float = LEASE,
         clock: Callable[[], float] = monotonic, chance: Callable[[], float] = random.random,
