@@ -116,9 +116,14 @@ class RedisStore:
         await self._release([_claimed(claim.key)], [claim.token])
 
     async def purge(self, model: str | None = None, prefix: bytes = b"") -> int:
-        """Drop the entries of a model (None: of all) whose keys begin like this; return how many there were."""
+        """Drop the entries of a model (None: of all) whose keys begin like this; return how many there were.
+
+        The claims go first, of all models: what replicas generate now is not put afterwards.
+        """
+        async for keys in self._batches(_claimed(prefix)):
+            await self._redis.unlink(*keys)
         dropped = 0
-        async for keys in self._batches(prefix):
+        async for keys in self._batches(_entry(prefix)):
             found = keys if model is None else await self._of_model(keys, model)
             dropped += await self._redis.unlink(*found) if found else 0
         return dropped
@@ -126,7 +131,7 @@ class RedisStore:
     async def stats(self) -> Stats:
         """Count the entries, None where there are too many to look at."""
         entries: int | None = 0
-        async for keys in self._batches(b""):
+        async for keys in self._batches(_entry(b"")):
             entries = entries + len(keys) if entries is not None and entries < _COUNTED else None
             if entries is None:
                 break
@@ -136,10 +141,10 @@ class RedisStore:
         """Give the connections back."""
         await self._redis.aclose()
 
-    async def _batches(self, prefix: bytes) -> AsyncIterator[list[Any]]:
+    async def _batches(self, prefix: str) -> AsyncIterator[list[Any]]:
         cursor = 0
         while True:
-            cursor, keys = await self._redis.scan(cursor, match=f"{_entry(prefix)}*", count=_BATCH)
+            cursor, keys = await self._redis.scan(cursor, match=f"{prefix}*", count=_BATCH)
             if keys:
                 yield keys
             if not cursor:
