@@ -1,15 +1,14 @@
 """A worker with a cache, before scripted upstreams on real sockets."""
 
 import asyncio
-import json
 
 import httpx2
 import pytest
 
 from proxy.cache.settings import CacheRule, CacheSettings
 from proxy.config import ApiKey, Config, EndpointSettings, ModelSettings, Server
-from tests.fakes.one_worker import EVENTS, JSON, Proxy, document, event, events, proxying, text_of
-from tests.fakes.scripted_upstream import ScriptedUpstream, Step, chunked, eventually, ok, upstream
+from tests.fakes.one_worker import JSON, Proxy, document, events, proxying, text_of
+from tests.fakes.scripted_upstream import Step, chunked, ok, upstream
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 DONE = b"data: [DONE]\n\n"

@@ -128,7 +128,7 @@ def test_a_replica_that_dies_delays_the_others_no_longer_than_its_lease(server):
 
 def test_a_request_that_wants_no_kept_answer_gets_none_of_another_replica(server):
     async def scenario():
-        async with replicas(server, [whole("one")], [whole("two")], [whole("three")]) as (one, other, up):
+        async with replicas(server, [whole("one")], [whole("two")], [whole("three")]) as (one, other, _up):
             await ask(one)
             headers = {"cache-control": "no-cache"}
             body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": False, "temperature": 0}
@@ -144,7 +144,7 @@ def test_a_request_that_wants_no_kept_answer_gets_none_of_another_replica(server
 
 def test_a_purge_at_one_is_a_purge_for_all(server):
     async def scenario():
-        async with replicas(server, [whole("one")], [whole("two")]) as (one, other, up):
+        async with replicas(server, [whole("one")], [whole("two")]) as (one, other, _up):
             await ask(one)
             await kept(server)
             assert await other.cached.purge() == 1
@@ -186,7 +186,7 @@ def test_no_answer_goes_from_one_scope_to_another(server):
 @pytest.mark.parametrize("trouble", ["kill", "freeze"])
 def test_without_redis_requests_go_on(server, trouble):
     async def scenario():
-        async with replicas(server, [whole("one")], [whole("two")]) as (one, other, up):
+        async with replicas(server, [whole("one")], [whole("two")]) as (one, other, _up):
             await ask(one)
             await kept(server)
             getattr(server, trouble)()

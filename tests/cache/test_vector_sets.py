@@ -5,8 +5,12 @@ import asyncio
 import numpy as np
 import pytest
 
+from proxy.cache.memory import MemoryStore
 from proxy.cache.redis import PREFIX, connect
+from proxy.cache.semantic import Semantic
+from proxy.cache.settings import Semantic as Settings
 from proxy.cache.vector_sets import VectorSets, are_there
+from tests.cache.entries import entry, key
 from tests.cache.test_vectors import ONE, OTHER, toward
 from tests.fakes.vector_redis import vector_redis
 
@@ -25,8 +29,8 @@ def run(scenario, capacity=8):
 
 def test_the_nearest_is_found_with_its_cosine():
     async def scenario(vectors, _):
-        for degrees, key in ((0, b"east"), (90, b"\x00north\xff"), (45, b"between")):
-            await vectors.add(ONE, toward(degrees), key)
+        for degrees, name in ((0, b"east"), (90, b"\x00north\xff"), (45, b"between")):
+            await vectors.add(ONE, toward(degrees), name)
         assert await vectors.nearest(ONE, toward(80)) == (
             b"\x00north\xff",
             pytest.approx(np.cos(np.radians(10)), abs=1e-6),
@@ -75,6 +79,22 @@ def test_vectors_of_another_size_begin_anew():
         assert await vectors.nearest(ONE, longer) is None
         await vectors.add(ONE, longer, b"b")
         assert (await vectors.nearest(ONE, longer)).key == b"b"
+
+    run(scenario)
+
+
+def test_questions_that_mean_the_same_are_found():
+    async def scenario(vectors, _):
+        async def embed(text, key_id):
+            return toward({"capital of France?": 0, "France's capital?": 5, "weather?": 90}[text])
+
+        store = MemoryStore(1024 * 1024)
+        semantic = Semantic("gpt", Settings("e", timeout=10), vectors, embed, store)
+        search = await semantic.find("capital of France?", ONE, "")
+        await semantic.keep(search, key(), entry("Paris"))
+        store.put(key(), entry("Paris"))
+        assert (await semantic.find("France's capital?", ONE, "")).entry.body == b"Paris"
+        assert (await semantic.find("weather?", ONE, "")).entry is None
 
     run(scenario)
 
