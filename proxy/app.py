@@ -58,8 +58,10 @@ class Worker:
         self._books = make_books(config, ledger, self._prices)
         self._endpoints = Endpoints(metrics)
         self._bulletin = bulletin
+        metrics.stores = bulletin.all
         self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
-        # All mutable state: the cache, a transport for each address in use, and the tasks that go on beside the requests.
+        # All mutable state: the cache, a transport for each address in use, and the tasks that go on beside the
+        # requests.
         self._cached: Cached | None = None
         self._transports: dict[str, Transport] = {}
         self._following: list[asyncio.Task[None]] = []

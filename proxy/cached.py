@@ -81,7 +81,13 @@ class Cached:
         return f"<Cached {self._store!r} {len(self._flights)} flights>"
 
     async def answer(
-        self, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange, deadline: Deadline | None, wish: Wish
+        self,
+        asked: Asked,
+        model: Model,
+        chain: Sequence[str],
+        exchange: Exchange,
+        deadline: Deadline | None,
+        wish: Wish,
     ) -> Reply:
         """Answer a request for a model. Raises what Walk.answer does.
 
@@ -161,8 +167,8 @@ class Cached:
                 entry = await cast(Awaitable[Entry | None], entry)
                 wanted.exchange.waited()
                 flight = self._flights.get(wanted.flight)
-            if entry is not None and self._will_do(cast(Entry, entry), wanted.wish):
-                return self._replay(cast(Entry, entry), wanted, "hit")
+            if entry is not None and self._will_do(entry, wanted.wish):
+                return self._replay(entry, wanted, "hit")
         return await self._join(flight, wanted) if flight is not None and flight.is_open else None
 
     def _will_do(self, entry: Entry, wish: Wish) -> bool:
@@ -207,7 +213,7 @@ class Cached:
     async def _lead(self, wanted: Wanted) -> Reply:
         """Have an answer made."""
         flight = self._flights[wanted.flight] = Flight(wanted.asked.envelope.model, self._limit)
-        flight.join(wanted.exchange, reads=wanted.asked.envelope.stream)
+        flight.join(wanted.exchange, reads=True)  # some answer with a stream unasked
         wanted.exchange.shares(flight, leads=True)
         flight.task = asyncio.create_task(self._fly(flight, wanted))
         await flight.begun()

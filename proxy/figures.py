@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from proxy import cost
+from proxy.cache import Stats
 from proxy.telemetry import ERROR_TYPES, AttemptFailed, BreakerChanged, RequestFinished
 
 if TYPE_CHECKING:
@@ -129,6 +130,16 @@ def families(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> I
         for key, at in rows.items():
             family.add_metric(key, _sum(parts, at + where))
         yield family
+
+
+def stored(stats: Stats) -> Iterator["Metric"]:
+    """Yield what Prometheus is shown of the stores of all workers."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    yield GaugeMetricFamily("polyvox_cache_entries", "Answers that are kept", value=stats.entries or 0)
+    yield GaugeMetricFamily("polyvox_cache_bytes", "Memory that kept answers take", value=stats.bytes or 0)
+    yield CounterMetricFamily("polyvox_cache_stores", "Answers that were kept", value=stats.stored)
+    yield CounterMetricFamily("polyvox_cache_evictions", "Answers that made room for others", value=stats.evicted)
 
 
 def _sum(parts: Sequence["memoryview[float]"], at: int) -> float:

@@ -162,6 +162,7 @@ class Workers:
         # What workers have counted outlives them here.
         self._metrics_fd = shared_memory()
         self._board_fd = shared_memory("board")
+        self._cache_fd = shared_memory("cache")
         self._config = settings
         self._settings = config.encode(settings)
         self._control_socket = str(paths.control_socket)
@@ -201,7 +202,7 @@ class Workers:
             self._console.say(f"a worker ended (exit status {status}); starting another", style="yellow")
 
     async def _run_one(self, number: int) -> int:
-        shared = (self._fd, self._metrics_fd, self._board_fd)
+        shared = (self._fd, self._metrics_fd, self._board_fd, self._cache_fd)
         orders = Orders(self._settings, self._control_socket, *shared, number, self._ledger)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=shared

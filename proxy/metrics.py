@@ -17,6 +17,7 @@ import msgspec
 
 from proxy import figures
 from proxy.accounting import FINISH_REASONS, Usage
+from proxy.cache import Stats
 from proxy.config import Config
 from proxy.cost import work
 from proxy.telemetry import (
@@ -141,6 +142,8 @@ class Metrics:
         size = layout.size * config.server.workers * _DOUBLE
         if memory >= 0:
             os.ftruncate(memory, size)
+        # Who knows what the stores of the cache hold, where there is one.
+        self.stores: Callable[[], Stats] | None = None
         # All mutable state: the doubles of all workers; this one writes its own only.
         self._all = memoryview(mmap.mmap(memory, size)).cast("d")
         self._parts = _parts(self._all, layout)
@@ -233,6 +236,8 @@ class Metrics:
         yield _waiting(queues)
         yield from _families(rows, gauges)
         yield from figures.families(parts, self._layout.rows)
+        if self.stores is not None:
+            yield from figures.stored(self.stores())
 
 
 def conditions(config: Config, memory: int) -> list[figures.Condition]:

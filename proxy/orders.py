@@ -11,7 +11,8 @@ class Orders(msgspec.Struct, frozen=True):
     """config: as `config.encode` gives it, secrets included, which is why it goes by a pipe.
 
     worker: its number, from 0. metrics_fd: the memory that all workers count in. board_fd: that in which they see each
-    other's load. ledger: the folder of the ledger, for a server that keeps one.
+    other's load. cache_fd: that in which they tell each other of their caches. ledger: the folder of the ledger, for a
+    server that keeps one.
     """
 
     config: bytes
@@ -19,6 +20,7 @@ class Orders(msgspec.Struct, frozen=True):
     listen_fd: int
     metrics_fd: int
     board_fd: int
+    cache_fd: int
     worker: int
     ledger: str
 

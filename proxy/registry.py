@@ -5,7 +5,7 @@ A name stands for a Model, for a Preset of what else a name may stand for, or fo
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -255,7 +255,7 @@ def _revision(model: ModelSettings) -> str:
     """Return what differs where a model may give other answers, however many there are who give them."""
     engine = model.engine
     if engine:
-        parts: list[object] = [engine.weights, engine.quantization, engine.dtype, engine.max_model_len, engine.args]
+        parts: Sequence[object] = [engine.weights, engine.quantization, engine.dtype, engine.max_model_len, engine.args]
     else:
         parts = sorted({(e.provider, e.base_url, e.model or "") for e in model.endpoints})
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()[:16]

@@ -36,9 +36,9 @@ class Exchange:
 
     __slots__ = (
         "_account", "_answer", "_begun", "_breaker", "_broken", "_clock", "_closed", "_error", "_first", "_lease",
-        "_mark", "_overhead", "_prices", "_shared", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_usd", "_whole",
-        "alias", "attempts", "cache", "endpoint", "key_id", "level", "model", "operation", "request_id", "resumed", "shows_cost",
-        "source",
+        "_mark", "_overhead", "_prices", "_shared", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_usd",
+        "_whole", "alias", "attempts", "cache", "endpoint", "key_id", "level", "model", "operation", "request_id",
+        "resumed", "shows_cost", "source",
     )  # fmt: skip
 
     def __init__(

@@ -59,9 +59,10 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
 
 
 class Stats(msgspec.Struct, frozen=True, gc=False):
-    """What a store holds, and what it has done since it was opened. evicted: to make room; expired ones are not counted.
+    """What a store holds, and what it has done since it was opened.
 
-    entries, bytes: None where that is not known without looking at all of them.
+    evicted: to make room; what is too old is not counted. entries, bytes: None where that is not known without looking
+    at all of them.
     """
 
     entries: int | None
@@ -78,11 +79,11 @@ class Store(Protocol):
         """Say whether it is that of all workers, rather than one of each."""
         ...
 
-    def get(self, key: bytes) -> "Entry | None | Awaitable[Entry | None]":
+    def get(self, key: bytes) -> "Entry | Awaitable[Entry | None] | None":
         """Return the entry of a key while it is fresh."""
         ...
 
-    def claim(self, key: bytes, seconds: float) -> "Claim | Entry | None | Awaitable[Claim | Entry | None]":
+    def claim(self, key: bytes, seconds: float) -> "Claim | Entry | Awaitable[Claim | Entry | None] | None":
         """Ask to generate the answer of a key, alone among replicas.
 
         While another replica generates it, wait so many seconds at most, and return its entry if it comes. None: go on

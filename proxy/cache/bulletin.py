@@ -9,22 +9,17 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from proxy.cache import KEY_BYTES, Stats
 
-if TYPE_CHECKING:
-    from prometheus_client.core import Metric
-
 _ROOM = 64  # purges that are noted; a worker that has missed more drops all
 _NAME_BYTES = 200
-_RECORD = struct.Struct(f"<HB{_NAME_BYTES}s{KEY_BYTES}s")  # lengths of model's name and of prefix, 0 for any; they
+_RECORD = struct.Struct(f"<HB{_NAME_BYTES}s{KEY_BYTES}s")  # bytes of a model's name and of a prefix, 0 for any; both
 _COUNT = struct.Struct("<Q")
 _ROW = struct.Struct("<4d2Q")  # entries, bytes, stored, evicted; purges applied, entries that the last of them dropped
-_ACKNOWLEDGED = 1.0  # seconds to wait for the other workers
+_ACKNOWLEDGED, _LOOKS = 1.0, 50  # seconds to wait for the other workers, and how often to look
 _LOOK = 0.25  # seconds between two looks for purges where there are no requests
 
 
@@ -115,29 +110,13 @@ class Bulletin:
 
     async def acknowledged(self, number: int) -> int:
         """Wait until all workers that run have applied a purge; return how many entries they dropped."""
-        try:
-            async with asyncio.timeout(_ACKNOWLEDGED):
-                while any(row[4] < number for row in self._each()):
-                    await asyncio.sleep(0.01)
-        except TimeoutError:  # a worker that is just being started has nothing to drop
-            pass
+        for _ in range(_LOOKS):  # a worker that is just being started has nothing to drop, and does not say so
+            if all(row[4] >= number for row in self._each()):
+                break
+            await asyncio.sleep(_ACKNOWLEDGED / _LOOKS)
         return sum(int(row[5]) for row in self._each() if row[4] >= number)
 
     @staticmethod
     async def pause() -> None:
         """Wait until it is time to look for purges."""
         await asyncio.sleep(_LOOK)
-
-    # Prometheus
-
-    def families(self) -> Iterator["Metric"]:
-        """Yield what Prometheus is shown."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        stats = self.all()
-        yield GaugeMetricFamily("polyvox_cache_entries", "Answers that are kept", value=stats.entries)
-        yield GaugeMetricFamily("polyvox_cache_bytes", "Memory of the answers that are kept", value=stats.bytes)
-        yield CounterMetricFamily("polyvox_cache_stores", "Answers that were kept", value=stats.stored)
-        yield CounterMetricFamily(
-            "polyvox_cache_evictions", "Answers that made room for others", value=stats.evicted
-        )

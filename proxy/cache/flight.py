@@ -31,9 +31,9 @@ class Flight:
         self._pieces: list[bytes] = []
         self._gone = 0
         self._size = 0
-        # How far it is: the reply to who began it, once it is there, from which endpoint, and whether it is a stream that
-        # others read too; whether it is over, with an entry if it is whole, or what went wrong; who waits for more of
-        # it, and for somebody to take some.
+        # How far it is: the reply to who began it, once it is there, from which endpoint, and whether it is a stream
+        # that all read; whether it is over, with an entry if it is whole, or what went wrong; who waits for more of it,
+        # and for somebody to take some.
         self.reply: Reply | None = None
         self.source = ""
         self.streams = False

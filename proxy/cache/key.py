@@ -27,7 +27,9 @@ from proxy.providers import Asked
 from proxy.telemetry import OPERATIONS
 
 REPLAYED = frozenset((CHAT, COMPLETIONS))  # paths whose documents and streams can be made of each other
-_ALWAYS_SAME = frozenset(("embeddings", "rerank", "score", "classify", "pooling", "tokenize", "detokenize", "count_tokens"))
+_ALWAYS_SAME = frozenset(
+    ("embeddings", "rerank", "score", "classify", "pooling", "tokenize", "detokenize", "count_tokens")
+)
 _CACHED_PATHS = frozenset(p for p, o in OPERATIONS.items() if o not in ("transcription", "translation"))
 
 _LEFT_OUT = (

@@ -44,7 +44,7 @@ class Semantic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CacheRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How answers are kept: what one model or alias does otherwise than the rest. What is left out is as for the rest.
+    """How the answers of one model or alias are kept, otherwise than the rest. What is left out is as for the rest.
 
     semantic: see Semantic; without it, only what is the same to the letter is answered from the cache.
     """
@@ -59,12 +59,12 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Answers that are given again to who asks the same.
 
     store: memory (of each worker its own) or redis (for several replicas), at `url`. ttl: seconds that an answer is
-    kept. max_bytes: of all answers in memory, divided among the workers; a number, or as 256MiB. max_entry_bytes: larger
-    answers are not kept. scope: whether an API key sees its own answers only (key) or those of all (shared). when: of
-    chats, completions, responses and messages, keep those of temperature 0 or with a seed (deterministic), all of them
-    (always), or nothing of anything (never). Embeddings, rankings and token lists are always the same, and kept unless
-    it is never. pace: events a second at which a kept answer is given as a stream; 0: at once. models: what a model or
-    alias does otherwise.
+    kept. max_bytes: of all answers in memory, divided among the workers; a number, or as 256MiB. max_entry_bytes:
+    larger answers are not kept. scope: whether an API key sees its own answers only (key) or those of all (shared).
+    when: of chats, completions, responses and messages, keep those of temperature 0 or with a seed (deterministic), all
+    of them (always), or nothing of anything (never). Embeddings, rankings and token lists are always the same, and kept
+    unless it is never. pace: events a second at which a kept answer is given as a stream; 0: at once. models: what a
+    model or alias does otherwise.
     """
 
     store: Literal["memory", "redis"] = "memory"
@@ -85,7 +85,9 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return the whole rule for a request that names a model or an alias of it."""
         own, other = self.models.get(name, _NONE), self.models.get(model, _NONE)
         return CacheRule(
-            own.ttl or other.ttl or self.ttl, own.scope or other.scope or self.scope, own.when or other.when or self.when
+            own.ttl or other.ttl or self.ttl,
+            own.scope or other.scope or self.scope,
+            own.when or other.when or self.when,
         )
 
 

@@ -71,7 +71,9 @@ def test_a_question_whose_answer_may_differ_is_asked_again() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 0.0}, {"seed": 1}, {"temperature": 1, "seed": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0}, {"temperature": 0.0}, {"seed": 1}, {"temperature": 1, "seed": 0}]
+)
 def test_temperature_zero_or_a_seed_makes_an_answer_the_same(fields: dict[str, object]) -> None:
     async def scenario() -> None:
         async with upstream([whole("one")]) as up, proxying(config(up.address)) as proxy:
@@ -81,7 +83,9 @@ def test_temperature_zero_or_a_seed_makes_an_answer_the_same(fields: dict[str, o
     run(scenario())
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/v1/score", "/tokenize", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(
+    "path", ["/v1/embeddings", "/v1/rerank", "/v1/score", "/tokenize", "/v1/messages/count_tokens"]
+)
 def test_vectors_ranks_and_tokens_are_always_kept(path: str) -> None:
     async def scenario() -> None:
         answer = ok(b'{"object":"list","data":[],"model":"m","usage":{"prompt_tokens":3,"total_tokens":3}}', JSON)
@@ -180,6 +184,7 @@ def test_only_a_complete_success_is_kept(play: list[bytes]) -> None:
         streams = play[0].startswith(HEAD)
         good = [stream("good")] if streams else [whole("good")]
         async with upstream(play, play, play, play, good) as up, proxying(config(up.address)) as proxy:
+
             async def once() -> httpx2.Response:
                 return await ask(proxy, stream=streams)
 
@@ -210,7 +215,9 @@ def test_an_answer_over_the_limit_is_not_kept() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("wish", [{"headers": {"cache-control": "no-cache"}}, {"fields": {"cache": {"no-cache": True}}}])
+@pytest.mark.parametrize(
+    "wish", [{"headers": {"cache-control": "no-cache"}}, {"fields": {"cache": {"no-cache": True}}}]
+)
 def test_no_cache_asks_anew_and_keeps_the_new_answer(wish: dict[str, dict[str, object]]) -> None:
     async def scenario() -> None:
         async with upstream([whole("old")], [whole("new")]) as up, proxying(config(up.address)) as proxy:
@@ -225,7 +232,9 @@ def test_no_cache_asks_anew_and_keeps_the_new_answer(wish: dict[str, dict[str, o
     run(scenario())
 
 
-@pytest.mark.parametrize("wish", [{"headers": {"cache-control": "no-store"}}, {"fields": {"cache": {"no-store": True}}}])
+@pytest.mark.parametrize(
+    "wish", [{"headers": {"cache-control": "no-store"}}, {"fields": {"cache": {"no-store": True}}}]
+)
 def test_no_store_leaves_the_cache_alone(wish: dict[str, dict[str, object]]) -> None:
     async def scenario() -> None:
         async with upstream([whole("1")], [whole("2")]) as up, proxying(config(up.address)) as proxy:

@@ -44,8 +44,10 @@ class Proxy:
         admission = make_admission(config, self.balancer, self.metrics)
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
+        bulletin = Bulletin()
+        self.metrics.stores = bulletin.all
         prices = Prices(config)
-        self.cached = make_cached(config, ways, Bulletin(), self.metrics, prices)
+        self.cached = make_cached(config, ways, bulletin, self.metrics, prices)
         api = Api(Chat(ways, self.cached), self.live, self.metrics, config.server, prices, cached=self.cached)
         self.app = build_app(api, [], [])
         self.client = httpx2.AsyncClient()
