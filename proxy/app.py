@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from proxy.cache.questions import Questions
+    from proxy.cache.semantic import Embed
     from proxy.cache.vectors import Vectors
 
 
@@ -75,7 +76,7 @@ class Worker:
         admission = make_admission(self._config, self._balancer, self._metrics)
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
         sink: Sink = Both(self._metrics, self._books.recorder) if self._books else self._metrics
-        self._cached = make_cached(self._config, ways, self._bulletin, sink, self._prices)
+        self._cached = make_cached(self._config, ways, self._bulletin, self._metrics, sink, self._prices)
         chat = Chat(ways, self._cached)
         api = Api(chat, self._live, self._metrics, server, self._prices, self._books, self._cached)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
@@ -124,7 +125,7 @@ def make_books(config: Config, folder: Path, prices: Prices) -> Books | None:
 
 
 def make_cached(
-    config: Config, ways: Ways, bulletin: Bulletin, sink: Sink, prices: Prices | None = None
+    config: Config, ways: Ways, bulletin: Bulletin, metrics: Metrics, sink: Sink, prices: Prices
 ) -> Cached | None:
     """Return a worker's cache of answers, None for a server that keeps none. sink, prices: of requests for vectors."""
     settings = config.cache_settings()
@@ -132,7 +133,10 @@ def make_cached(
         return None
     redis = _connect(settings)
     store = _make_store(settings, config.server.workers, redis)
-    questions = _make_questions(settings, ways, store, redis, sink, prices) if settings.semantics() else None
+    if not settings.semantics():
+        return Cached(ways, store, settings, bulletin)
+    embedders = _make_embedders(settings, ways, sink, prices)
+    questions = _make_questions(settings, embedders, store, redis, metrics)
     return Cached(ways, store, settings, bulletin, questions)
 
 
@@ -156,19 +160,27 @@ def _make_store(settings: CacheSettings, workers: int, redis: "Redis | None") ->
     return Shield(RedisStore(redis, LEASE))
 
 
+def _make_embedders(settings: CacheSettings, ways: Ways, sink: Sink, prices: Prices) -> "dict[str, Embed]":
+    from proxy.embedding import Elsewhere, OfModel
+
+    makers = {name: wanted.embeddings for name, wanted in settings.semantics().items()}
+    return {
+        name: OfModel(maker, ways, sink, prices)
+        if isinstance(maker, str)
+        else Elsewhere(name, maker, ways.transport_to)
+        for name, maker in makers.items()
+    }
+
+
 def _make_questions(
-    settings: CacheSettings, ways: Ways, store: Store, redis: "Redis | None", sink: Sink, prices: Prices | None
+    settings: CacheSettings, embedders: "dict[str, Embed]", store: Store, redis: "Redis | None", metrics: Metrics
 ) -> "Questions":
     from proxy.cache.questions import Questions
     from proxy.cache.semantic import Semantic
-    from proxy.embedding import Elsewhere, OfModel
 
     def one(name: str, wanted: SemanticSettings) -> Semantic:
-        maker = wanted.embeddings
-        embed = (
-            OfModel(maker, ways, sink, prices) if isinstance(maker, str) else Elsewhere(name, maker, ways.transport_to)
-        )
-        return Semantic(name, wanted, _make_vectors(settings, name, wanted, redis), embed, store)
+        vectors = _make_vectors(settings, name, wanted, redis)
+        return Semantic(name, wanted, vectors, embedders[name], store, metrics.tallies[name])
 
     return Questions({name: one(name, wanted) for name, wanted in settings.semantics().items()})
 

@@ -1,12 +1,22 @@
 """How often a question is like an earlier one, and their answers alike: what a threshold is chosen by. Pure."""
 
 import re
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
 LOWEST: Final = 0.70  # cosines below are counted together
-_STEPS: Final = 30  # of a hundredth each
+STEPS: Final = 30  # of a hundredth each
+# A row: three counts; then for each step, that below the lowest included, the questions, the pairs of answers that were
+# compared, and the sum of how alike they were.
+_QUESTIONS, _UNANSWERED, _HITS, _NEAR = range(4)
+_COMPARED: Final = _NEAR + STEPS + 1
+_ALIKE: Final = _COMPARED + STEPS + 1
+WIDTH: Final = _ALIKE + STEPS + 1
 _words = re.compile(r"\w+").findall
 
 
@@ -23,7 +33,7 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Likeness(msgspec.Struct, frozen=True):
-    """What would be hit at which threshold: all steps from its cosine on. Of the worker that was asked.
+    """What would be hit at which threshold: all steps from its cosine on. Since the start of the server.
 
     questions: requests that were compared by their meaning. unanswered: those for which no vector came in time.
     hits: those that were answered from the cache, or (shadow) would have been.
@@ -38,38 +48,52 @@ class Likeness(msgspec.Struct, frozen=True):
 
 
 class Tally:
-    """Counts for one alias."""
+    """Counts for one alias, in a row of doubles of this worker, and adds up those of all."""
 
-    def __init__(self) -> None:
-        # All mutable state: what is counted, and for each step the questions, the pairs of answers that were compared,
-        # and the sum of how alike they were.
-        self.questions = 0
-        self.unanswered = 0
-        self.hits = 0
-        self._near = [0] * (_STEPS + 1)
-        self._compared = [0] * (_STEPS + 1)
-        self._alike = [0.0] * (_STEPS + 1)
+    def __init__(self, parts: "Sequence[memoryview[float]] | None" = None, worker: int = 0, at: int = 0) -> None:
+        """parts: the doubles of each worker, all laid out alike; None: my own. at: where the row begins."""
+        # All mutable state: the doubles, of which this worker writes its own row only.
+        self._parts = parts or [memoryview(bytearray(8 * WIDTH)).cast("d")]
+        self._own = self._parts[worker]
+        self._at = at
 
     def __repr__(self) -> str:
-        return f"<Tally {self.questions} questions, {self.hits} hits>"
+        return f"<Tally {self._sum(_QUESTIONS):.0f} questions, {self._sum(_HITS):.0f} hits>"
+
+    def asked(self) -> None:
+        """A question is compared."""
+        self._own[self._at + _QUESTIONS] += 1
+
+    def unanswered(self) -> None:
+        """No vector came in time."""
+        self._own[self._at + _UNANSWERED] += 1
+
+    def hit(self) -> None:
+        """It is answered from the cache, or would be."""
+        self._own[self._at + _HITS] += 1
 
     def near(self, similarity: float) -> None:
-        """A question was this near to an earlier one."""
-        self._near[_step(similarity)] += 1
+        """It is this near to an earlier one."""
+        self._own[self._at + _NEAR + _step(similarity)] += 1
 
     def compared(self, similarity: float, alike: float) -> None:
-        """The answers of two questions that are this near were so much alike."""
-        self._compared[_step(similarity)] += 1
-        self._alike[_step(similarity)] += alike
+        """The answers of two questions that are this near are so much alike."""
+        self._own[self._at + _COMPARED + _step(similarity)] += 1
+        self._own[self._at + _ALIKE + _step(similarity)] += alike
 
-    def report(self, *, shadow: bool, threshold: float) -> Likeness:
-        """Return what was counted, from the nearest step down, without those that nobody was in."""
-        steps = [
-            Step(_least(i), self._near[i], self._alike[i] / self._compared[i] if self._compared[i] else None)
-            for i in range(_STEPS, -1, -1)
-            if self._near[i]
-        ]
-        return Likeness(shadow, threshold, self.questions, self.unanswered, self.hits, tuple(steps))
+    def report(self, *, shadow: bool = False, threshold: float = 0.0) -> Likeness:
+        """Return what all workers have counted, from the nearest step down, without those that nobody was in."""
+        steps = tuple(self._reported(i) for i in range(STEPS, -1, -1) if self._sum(_NEAR + i))
+        counts = [round(self._sum(i)) for i in (_QUESTIONS, _UNANSWERED, _HITS)]
+        return Likeness(shadow, threshold, *counts, steps)
+
+    def _reported(self, step: int) -> Step:
+        compared = self._sum(_COMPARED + step)
+        alike = round(self._sum(_ALIKE + step) / compared, 4) if compared else None
+        return Step(least(step), round(self._sum(_NEAR + step)), alike)
+
+    def _sum(self, where: int) -> float:
+        return sum(part[self._at + where] for part in self._parts)
 
 
 def alike(one: str, other: str) -> float:
@@ -79,8 +103,41 @@ def alike(one: str, other: str) -> float:
 
 
 def _step(similarity: float) -> int:
-    return min(_STEPS, max(0, int((similarity - LOWEST) * 100 + 1 + 1e-6)))
+    return min(STEPS, max(0, int((similarity - LOWEST) * 100 + 1 + 1e-6)))
 
 
-def _least(step: int) -> float:
+def least(step: int) -> float:
+    """Return the cosine from which on a question is in a step."""
     return round(LOWEST + (step - 1) / 100, 2) if step else -1.0
+
+
+def families(tallies: Mapping[str, Tally]) -> Iterator["Metric"]:
+    """Yield what Prometheus is shown, by alias."""
+    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+    reports = {name: tally.report() for name, tally in tallies.items()}
+    for name, text, field in (
+        ("questions", "Requests that were compared with earlier ones by their meaning", "questions"),
+        ("unanswered", "Questions for which no vector came in time", "unanswered"),
+        ("hits", "Questions that had an earlier one near enough", "hits"),
+    ):
+        family = CounterMetricFamily(f"polyvox_semantic_{name}", text, labels=["model_name"])
+        for alias, report in reports.items():
+            family.add_metric([alias], getattr(report, field))
+        yield family
+    nearest = HistogramMetricFamily(
+        "polyvox_semantic_similarity", "Cosine of questions to the nearest earlier one", labels=["model_name"]
+    )
+    for alias, report in reports.items():
+        nearest.add_metric([alias], _buckets(report), sum_value=None)
+    yield nearest
+
+
+def _buckets(report: Likeness) -> list[tuple[str, float]]:
+    """Return cumulative buckets, as Prometheus has them."""
+    found = {step.least: step.questions for step in report.steps}
+    buckets, total = [], 0
+    for step in range(STEPS + 1):
+        total += found.get(least(step), 0)
+        buckets.append((str(least(step + 1)) if step < STEPS else "+Inf", float(total)))
+    return buckets

@@ -45,7 +45,7 @@ class Semantic:
     """The semantic cache of an alias."""
 
     def __init__(
-        self, name: str, settings: Settings, vectors: Vectors, embed: Embed, store: Store,
+        self, name: str, settings: Settings, vectors: Vectors, embed: Embed, store: Store, tally: Tally,
         clock: Callable[[], float] = monotonic, chance: Callable[[], float] = random.random,
     ) -> None:  # fmt: skip
         """name: of the alias."""
@@ -55,22 +55,21 @@ class Semantic:
         self._vectors = vectors
         self._embed = embed
         self._store = store
+        self._tally = tally
         self._clock = clock
-        # All mutable state: whether embeddings and vectors are asked for, why they were not to be had last, and what
-        # was counted.
+        # All mutable state: whether embeddings and vectors are asked for, and why they were not to be had last.
         self._breaker = Breaker(_BREAKER, chance, self._changed)
         self._trouble = ""
-        self._tally = Tally()
 
     def __repr__(self) -> str:
         return f"<Semantic {self._tally!r} {self._vectors!r} {self._breaker!r}>"
 
     async def find(self, text: str, partition: bytes, key_id: str) -> Search:
         """Look for an answer to a question that means the same, for `timeout` seconds at most. key_id: of who asks."""
-        self._tally.questions += 1
+        self._tally.asked()
         now = self._clock()
         if not self._breaker.allow(now):
-            self._tally.unanswered += 1
+            self._tally.unanswered()
             return Search(partition)
         ticket = self._breaker.begin(now)
         try:
@@ -81,7 +80,8 @@ class Semantic:
             search = Search(partition)
             self._trouble = type(e).__name__
         well = search.vector is not None
-        self._tally.unanswered += not well
+        if not well:
+            self._tally.unanswered()
         self._breaker.record(Outcome.SUCCESS if well else Outcome.FAILURE, self._clock(), ticket)
         return self._judged(search)
 
@@ -128,7 +128,7 @@ class Semantic:
         self._tally.near(search.near.similarity)
         if search.earlier is None or search.near.similarity < self._settings.threshold:
             return search
-        self._tally.hits += 1
+        self._tally.hit()
         return search if self._settings.shadow else search._replace(entry=search.earlier)
 
 

@@ -133,6 +133,10 @@ def test_a_shadow_tells_what_would_be_hit_and_answers_nothing():
             assert {k: report[k] for k in ("shadow", "questions", "unanswered", "hits")} == {
                 "shadow": True, "questions": 3, "unanswered": 0, "hits": 1,
             }  # fmt: skip
+            page = proxy.page()
+            assert page.value("polyvox_semantic_hits_total", model_name="bot") == 1
+            assert page.value("polyvox_semantic_similarity_bucket", model_name="bot", le="0.99") == 1
+            assert page.value("polyvox_semantic_similarity_bucket", model_name="bot", le="+Inf") == 2
             assert report["steps"][0] == {"least": 0.99, "questions": 1, "answers_alike": 1.0}
 
     run(scenario)

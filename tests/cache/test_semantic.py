@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from proxy.cache.likeness import alike
+from proxy.cache.likeness import Tally, alike
 from proxy.cache.memory import MemoryStore
 from proxy.cache.semantic import Semantic
 from proxy.cache.settings import Semantic as Settings
@@ -32,7 +32,7 @@ class Cache:
         given = Settings(**{"embeddings": "minilm", "threshold": 0.95, "timeout": 30, **settings})
         vectors = MemoryVectors(given.max_entries)
         self.semantic = Semantic(
-            "gpt", given, vectors, self.embed, self.store, clock=lambda: self.now, chance=lambda: 0.5
+            "gpt", given, vectors, self.embed, self.store, Tally(), clock=lambda: self.now, chance=lambda: 0.5
         )
 
     async def embed(self, text, key_id):

@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from proxy.cache.likeness import Tally
 from proxy.cache.memory import MemoryStore
 from proxy.cache.redis import PREFIX, connect
 from proxy.cache.semantic import Semantic
@@ -89,7 +90,7 @@ def test_questions_that_mean_the_same_are_found():
             return toward({"capital of France?": 0, "France's capital?": 5, "weather?": 90}[text])
 
         store = MemoryStore(1024 * 1024)
-        semantic = Semantic("gpt", Settings("e", timeout=10), vectors, embed, store)
+        semantic = Semantic("gpt", Settings("e", timeout=10), vectors, embed, store, Tally())
         search = await semantic.find("capital of France?", ONE, "")
         await semantic.keep(search, key(), entry("Paris"))
         store.put(key(), entry("Paris"))

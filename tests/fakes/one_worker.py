@@ -47,7 +47,7 @@ class Proxy:
         bulletin = Bulletin()
         self.metrics.stores = bulletin.all
         prices = Prices(config)
-        self.cached = make_cached(config, ways, bulletin, self.metrics, prices)
+        self.cached = make_cached(config, ways, bulletin, self.metrics, self.metrics, prices)
         api = Api(Chat(ways, self.cached), self.live, self.metrics, config.server, prices, cached=self.cached)
         self.app = build_app(api, [], [])
         self.client = httpx2.AsyncClient()
