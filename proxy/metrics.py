@@ -245,7 +245,7 @@ class Metrics:
         yield from _families(rows, gauges)
         yield from figures.families(parts, self._layout.rows)
         if self.tallies:
-            yield from likeness.families(self.tallies)
+            yield from figures.compared(self.tallies)
         if self.stores is not None:
             yield from figures.stored(self.stores())
 

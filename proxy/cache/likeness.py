@@ -1,13 +1,10 @@
 """How often a question is like an earlier one, and their answers alike: what a threshold is chosen by. Pure."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import Final
 
 import msgspec
-
-if TYPE_CHECKING:
-    from prometheus_client.core import Metric
 
 LOWEST: Final = 0.70  # cosines below are counted together
 STEPS: Final = 30  # of a hundredth each
@@ -111,33 +108,11 @@ def least(step: int) -> float:
     return round(LOWEST + (step - 1) / 100, 2) if step else -1.0
 
 
-def families(tallies: Mapping[str, Tally]) -> Iterator["Metric"]:
-    """Yield what Prometheus is shown, by alias."""
-    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
-
-    reports = {name: tally.report() for name, tally in tallies.items()}
-    for name, text, field in (
-        ("questions", "Requests that were compared with earlier ones by their meaning", "questions"),
-        ("unanswered", "Questions for which no vector came in time", "unanswered"),
-        ("hits", "Questions that had an earlier one near enough", "hits"),
-    ):
-        family = CounterMetricFamily(f"polyvox_semantic_{name}", text, labels=["model_name"])
-        for alias, report in reports.items():
-            family.add_metric([alias], getattr(report, field))
-        yield family
-    nearest = HistogramMetricFamily(
-        "polyvox_semantic_similarity", "Cosine of questions to the nearest earlier one", labels=["model_name"]
-    )
-    for alias, report in reports.items():
-        nearest.add_metric([alias], _buckets(report), sum_value=None)
-    yield nearest
-
-
-def _buckets(report: Likeness) -> list[tuple[str, float]]:
-    """Return cumulative buckets, as Prometheus has them."""
+def buckets(report: Likeness) -> list[tuple[str, float]]:
+    """Return the questions by cosine in cumulative buckets, as Prometheus has them."""
     found = {step.least: step.questions for step in report.steps}
-    buckets, total = [], 0
+    made, total = [], 0
     for step in range(STEPS + 1):
         total += found.get(least(step), 0)
-        buckets.append((str(least(step + 1)) if step < STEPS else "+Inf", float(total)))
-    return buckets
+        made.append((str(least(step + 1)) if step < STEPS else "+Inf", float(total)))
+    return made

@@ -246,8 +246,13 @@ class Claiming(RuleBasedStateMachine):
 
     @rule()
     def entry_ends(self):
-        self.do(self.store.purge())
+        self.server.client.delete(f"polyvox:pvx1:entry:{key().hex()}")
         self.text = None
+
+    @rule()
+    def purge(self):
+        assert self.do(self.store.purge()) == (self.text is not None)
+        self.text = self.newest = None
 
 
 FEW = settings(max_examples=30, stateful_step_count=30, deadline=None)
