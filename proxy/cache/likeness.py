@@ -81,8 +81,8 @@ class Tally:
     def report(self, *, shadow: bool = False, threshold: float = 0.0) -> Likeness:
         """Return what all workers have counted, from the nearest step down, without those that nobody was in."""
         steps = tuple(self._reported(i) for i in range(STEPS, -1, -1) if self._sum(_NEAR + i))
-        counts = [round(self._sum(i)) for i in (_QUESTIONS, _UNANSWERED, _HITS)]
-        return Likeness(shadow, threshold, *counts, steps)
+        questions, unanswered, hits = (round(self._sum(i)) for i in (_QUESTIONS, _UNANSWERED, _HITS))
+        return Likeness(shadow, threshold, questions, unanswered, hits, steps)
 
     def _reported(self, step: int) -> Step:
         compared = self._sum(_COMPARED + step)

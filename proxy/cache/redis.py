@@ -10,7 +10,7 @@ The lease, and what a late holder cannot do, follow M. Kleppmann, "How to do dis
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, Final
 
 from redis.asyncio import Redis
@@ -53,6 +53,12 @@ def connect(url: str) -> Redis:
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )  # fmt: skip
     return made
+
+
+async def has_command(redis: Redis, name: str) -> bool:
+    """Say whether a server has a command. Raises whatever redis-py does."""
+    ask: Callable[..., Awaitable[Any]] = redis.execute_command
+    return any(await ask("COMMAND INFO", name))
 
 
 class RedisStore:

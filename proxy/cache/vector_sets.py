@@ -9,7 +9,7 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from proxy.cache.redis import PREFIX, connect
+from proxy.cache.redis import PREFIX
 from proxy.cache.vectors import Near, Vector
 
 _SPARE: Final = 32  # questions that may go at once to make room
@@ -70,13 +70,3 @@ def _near(found: Any) -> Near | None:
     """Read the answer of VSIM: elements and scores, which are 1 for the same direction and 0 for the opposite one."""
     pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
     return next((Near(key, 2 * float(score) - 1) for key, score in pairs), None)
-
-
-async def are_there(url: str) -> bool:
-    """Say whether a server has vector sets. Raises whatever redis-py does."""
-    redis = connect(url)
-    ask: Callable[..., Awaitable[Any]] = redis.execute_command
-    try:
-        return any(await ask("COMMAND INFO", "VADD"))
-    finally:
-        await redis.aclose()

@@ -5,12 +5,15 @@ import asyncio
 import numpy as np
 import pytest
 
+from proxy import config
+from proxy.cache import needs
 from proxy.cache.likeness import Tally
 from proxy.cache.memory import MemoryStore
 from proxy.cache.redis import PREFIX, connect
 from proxy.cache.semantic import Semantic
 from proxy.cache.settings import Semantic as Settings
-from proxy.cache.vector_sets import VectorSets, are_there
+from proxy.cache.vector_sets import VectorSets
+from proxy.errors import ConfigError
 from tests.cache.entries import entry, key
 from tests.cache.test_vectors import ONE, OTHER, toward
 from tests.fakes.vector_redis import vector_redis
@@ -100,9 +103,36 @@ def test_questions_that_mean_the_same_are_found():
     run(scenario)
 
 
-def test_a_server_is_asked_whether_it_has_them(server):
-    async def newer(_, fake):
-        assert await are_there(fake.url)
+def loaded(folder, url):
+    """A configuration whose alias `bot` keeps vectors in a Redis."""
+    file = folder / "polyvox.yaml"
+    file.write_text(
+        f"""
+models: {{m: {{endpoints: [{{base_url: "http://127.0.0.1:1/v1"}}]}}}}
+aliases: {{bot: m}}
+cache:
+  store: redis
+  url: {url}
+  models:
+    bot:
+      semantic: {{embeddings: m, vectors: redis}}
+"""
+    )
+    return config.load(file, {})
 
-    assert not asyncio.run(are_there(server.url))
-    run(newer)
+
+def test_a_redis_without_vector_sets_is_refused_before_the_start(server, tmp_path):
+    with pytest.raises(ConfigError, match=r"yaml:9: cache.models.bot.semantic.vectors: .*must be 8.0 or newer") as e:
+        needs.check(loaded(tmp_path, server.url))
+    assert "sentinel" not in str(e.value)
+
+
+def test_a_redis_with_vector_sets_or_none_that_answers_is_taken(tmp_path, caplog):
+    async def scenario(_, fake):
+        await asyncio.to_thread(needs.check, loaded(tmp_path, fake.url))
+
+    run(scenario)
+    assert caplog.text == ""
+    needs.check(loaded(tmp_path, "redis://:sentinel@127.0.0.1:1/0"))
+    assert "does not say" in caplog.text
+    assert "sentinel" not in caplog.text
