@@ -2,7 +2,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from litestar.types import ASGIApp
 
@@ -11,20 +11,19 @@ from proxy import gauging, market, providers, registry
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
-from proxy.cache import Store
 from proxy.cache.bulletin import Bulletin
-from proxy.cache.memory import MemoryStore
-from proxy.cache.settings import CacheSettings, size
-from proxy.cache.settings import Semantic as SemanticSettings
 from proxy.cached import Cached
+from proxy.caching import make_cached
+from proxy.capabilities import Folder
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
 from proxy.ledger.recorder import Both
+from proxy.live import LiveRegistry, Sources, watch_findings, watch_fleet
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry, watch_fleet
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
@@ -32,31 +31,32 @@ from proxy.telemetry import Sink
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
 
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
-    from proxy.cache.questions import Questions
-    from proxy.cache.semantic import Embed
-    from proxy.cache.vectors import Vectors
+class Places(NamedTuple):
+    """Where a worker finds what it shares: the supervisor's socket, and the folders of ledger and findings."""
+
+    control_socket: Path
+    ledger: Path
+    capabilities: Path
 
 
 class Worker:
     """What one worker process holds."""
 
-    def __init__(
-        self, config: Config, control_socket: Path, metrics: Metrics, board: Board, ledger: Path,
-        bulletin: Bulletin,
-    ) -> None:  # fmt: skip
-        """ledger: the folder of a server that keeps one."""
+    def __init__(self, config: Config, places: Places, metrics: Metrics, board: Board, bulletin: Bulletin) -> None:
         providers.prepare(config)
         self._config = config
         self._metrics = metrics
         self._board = board
         self._balancer = make_balancer(config, board)
-        self._supervisor = LocalTransport(f"unix:{control_socket}")
-        self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
+        self._supervisor = LocalTransport(f"unix:{places.control_socket}")
+        self._found = Folder(places.capabilities)
+        self._found_at = self._found.changed()
+        parts = config, FleetStatus(version=0), self._found.read()
+        self._live = LiveRegistry(registry.build(*parts))
+        self._sources = Sources(self._live, *parts)
         self._prices = Prices(config, metrics.throughput)
-        self._books = make_books(config, ledger, self._prices)
+        self._books = make_books(config, places.ledger, self._prices)
         self._endpoints = Endpoints(metrics)
         self._bulletin = bulletin
         metrics.stores = bulletin.all
@@ -77,14 +77,17 @@ class Worker:
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
         sink: Sink = Both(self._metrics, self._books.recorder) if self._books else self._metrics
         self._cached = make_cached(self._config, ways, self._bulletin, self._metrics, sink, self._prices)
-        chat = Chat(ways, self._cached)
+        rate = self._metrics.tokens_per_second
+        dispatcher = Dispatcher(self._endpoints, self._config.limits, self._prices, rate)
+        chat = Chat(ways, dispatcher, self._cached)
         api = Api(chat, self._live, self._metrics, server, self._prices, self._books, self._cached)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:
         if self._config.engines():
-            watching = watch_fleet(self._live, self._config, self._supervisor)
-            self._following.append(asyncio.create_task(watching))
+            self._following.append(asyncio.create_task(watch_fleet(self._sources, self._supervisor)))
+        found = watch_findings(self._sources, self._found, self._found_at)
+        self._following.append(asyncio.create_task(found))
         if names := self._board.mine():
             gauged = gauging.follow(names, self._live, self._transport_to, self._balancer)
             self._following.append(asyncio.create_task(gauged))
@@ -122,77 +125,6 @@ def make_books(config: Config, folder: Path, prices: Prices) -> Books | None:
     """Return a worker's way to the ledger, None for a server that keeps none."""
     settings = config.ledger_settings()
     return Books(Place(settings, folder), prices.known) if settings else None
-
-
-def make_cached(
-    config: Config, ways: Ways, bulletin: Bulletin, metrics: Metrics, sink: Sink, prices: Prices
-) -> Cached | None:
-    """Return a worker's cache of answers, None for a server that keeps none. sink, prices: of requests for vectors."""
-    settings = config.cache_settings()
-    if settings is None:
-        return None
-    redis = _connect(settings)
-    store = _make_store(settings, config.server.workers, redis)
-    if not settings.semantics():
-        return Cached(ways, store, settings, bulletin)
-    embedders = _make_embedders(settings, ways, sink, prices)
-    questions = _make_questions(settings, embedders, store, redis, metrics)
-    return Cached(ways, store, settings, bulletin, questions)
-
-
-# What follows is imported where it is made, as most servers need none of it.
-
-
-def _connect(settings: CacheSettings) -> "Redis | None":
-    if settings.url is None:
-        return None
-    from proxy.cache.redis import connect
-
-    return connect(settings.url.reveal())
-
-
-def _make_store(settings: CacheSettings, workers: int, redis: "Redis | None") -> Store:
-    if redis is None:
-        return MemoryStore(size(settings.max_bytes) // workers)
-    from proxy.cache.redis import RedisStore
-    from proxy.cache.shield import LEASE, Shield
-
-    return Shield(RedisStore(redis, LEASE))
-
-
-def _make_embedders(settings: CacheSettings, ways: Ways, sink: Sink, prices: Prices) -> "dict[str, Embed]":
-    from proxy.embedding import Elsewhere, OfModel
-
-    makers = {name: wanted.embeddings for name, wanted in settings.semantics().items()}
-    return {
-        name: OfModel(maker, ways, sink, prices)
-        if isinstance(maker, str)
-        else Elsewhere(name, maker, ways.transport_to)
-        for name, maker in makers.items()
-    }
-
-
-def _make_questions(
-    settings: CacheSettings, embedders: "dict[str, Embed]", store: Store, redis: "Redis | None", metrics: Metrics
-) -> "Questions":
-    from proxy.cache.questions import Questions
-    from proxy.cache.semantic import Semantic
-
-    def one(name: str, wanted: SemanticSettings) -> Semantic:
-        vectors = _make_vectors(settings, name, wanted, redis)
-        return Semantic(name, wanted, vectors, embedders[name], store, metrics.tallies[name])
-
-    return Questions({name: one(name, wanted) for name, wanted in settings.semantics().items()})
-
-
-def _make_vectors(settings: CacheSettings, name: str, wanted: SemanticSettings, redis: "Redis | None") -> "Vectors":
-    if wanted.vectors == "memory" or redis is None:
-        from proxy.cache.vectors import MemoryVectors
-
-        return MemoryVectors(wanted.max_entries)
-    from proxy.cache.vector_sets import VectorSets
-
-    return VectorSets(redis, name, wanted.max_entries, settings.models[name].ttl or settings.ttl)
 
 
 def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:

@@ -23,6 +23,7 @@ from proxy.cost import Hosting, Price
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
 from proxy.limits import Limits
+from proxy.mistakes import dotted, located, unknown_key
 from proxy.naming import AUTO, AliasSettings
 from proxy.references import TASK, Names, no_such
 from proxy.rules import RoutingSettings, Rule
@@ -31,6 +32,7 @@ from proxy.secret import Secret as Secret
 from proxy.traits import Traits
 
 T = TypeVar("T")
+Section = TypeVar("Section", bound=msgspec.Struct)
 
 
 class ApiKey(Secret):
@@ -102,10 +104,12 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, or the name of an entry
     point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
-    provider, which says what it takes. stream_usage: false for a server that refuses `stream_options`; what its streams
-    use is then not accounted. max_in_flight: requests that it gets at once; any number if left out. pass_timeout: true
-    for another Polyvox, which is told how long the client still waits (`x-request-timeout`). continues: whether a chat
-    that broke elsewhere can go on there, as with vLLM's `continue_final_message`; where left out, of anthropic's only.
+    provider, which says what it takes. max_in_flight: requests that it gets at once; any number if left out.
+    pass_timeout: true for another Polyvox, which is told how long the client still waits (`x-request-timeout`).
+
+    Where these are left out, they are as `polyvox probe` found them, and else as said here. stream_usage: false for a
+    server that refuses `stream_options`, what its streams use is then not accounted; else true. continues: whether a
+    chat that broke elsewhere can go on there, as with vLLM's `continue_final_message`; else of anthropic's only.
     Completions go on anywhere.
     """
 
@@ -116,7 +120,7 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
     weight: Annotated[float, Meta(ge=0)] = 1.0
     model: str | None = None
-    stream_usage: bool = True
+    stream_usage: bool | None = None
     max_in_flight: Count | None = None
     pass_timeout: bool = False
     continues: bool | None = None
@@ -369,11 +373,6 @@ class _Source:
 _SCALARS = yaml.SafeLoader("")
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
-    """('models', 'a', 'endpoints', 0) -> 'models.a.endpoints[0]'."""
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-
-
 # The environment: POLYVOX_SERVER__PORT=9000 is server.port.
 
 
@@ -398,7 +397,7 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in environ:
         section = name.removeprefix("POLYVOX_").split("__")[0].lower()
         if name.startswith("POLYVOX_") and "__" in name and section not in Overrides.model_fields:
-            raise ConfigError(f"environment variable {name}: {_unknown(section, list(Overrides.model_fields))}")
+            raise ConfigError(f"environment variable {name}: {unknown_key(section, list(Overrides.model_fields))}")
     source = EnvSettingsSource(Overrides)
     source.env_vars = {k.lower(): v for k, v in environ.items()}
     return {name: value for name, value in source().items() if isinstance(value, dict)}
@@ -426,14 +425,11 @@ def _variable_form(key: str) -> str:
 
 # Building: section by section, so that an error can be laid on the right line.
 
-_ERROR_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?$", re.DOTALL)
-_PATH_STEP = re.compile(r"\.(?P<key>[^.\[\]]+)|\[(?P<index>\d+|\.\.\.)\]")
-
 
 def _build(data: dict[str, Any], source: _Source) -> Config:
     for key in data:
         if key not in Config.__struct_fields__:
-            raise source.error((key,), _unknown(key, Config.__struct_fields__))
+            raise source.error((key,), unknown_key(key, Config.__struct_fields__))
     return Config(
         server=_convert(data.get("server") or {}, Server, ("server",), source),
         limits=_convert(data.get("limits") or {}, Limits, ("limits",), source),
@@ -448,7 +444,8 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
         },
         routing=_convert(data.get("routing") or {}, RoutingSettings, ("routing",), source),
         rules=_convert(data.get("rules") or (), tuple[Rule, ...], ("rules",), source),
-        ledger=_ledger(data.get("ledger"), source),
+        ledger=_unless_off(data.get("ledger"), LedgerSettings, ("ledger",), source),
+        cache=_unless_off(data.get("cache"), CacheSettings, ("cache",), source),
         fallbacks={
             name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
             for name, chain in _section(data, "fallbacks", source)
@@ -462,14 +459,16 @@ def _alias(value: Any, path: tuple[str | int, ...], source: _Source) -> str | Al
     )
 
 
-def _ledger(value: Any, source: _Source) -> LedgerSettings | bool:
+def _unless_off(value: Any, kind: type[Section], path: tuple[str | int, ...], source: _Source) -> Section | bool:
+    """Return a section that may be on or off instead; on where it is left out."""
     if isinstance(value, bool):
         return value
     if value in ("off", "on"):  # as JSON and the environment say it
         return bool(value == "on")
     if value is not None and not isinstance(value, dict):
-        raise source.error(("ledger",), "expected off, or a mapping with url and journal_bytes")
-    return _convert(value or {}, LedgerSettings, ("ledger",), source)
+        keys = ", ".join(kind.__struct_fields__)
+        raise source.error(path, f"expected on, off, or a mapping of {keys}")
+    return _convert(value or {}, kind, path, source)
 
 
 def _section(data: dict[str, Any], name: str, source: _Source) -> Iterator[tuple[str, Any]]:
@@ -483,7 +482,8 @@ def _convert(value: Any, kind: type[T], path: tuple[str | int, ...], source: _So
     try:
         return msgspec.convert(value, kind, strict=False, dec_hook=_make_secret)
     except msgspec.ValidationError as e:
-        raise _located(e, kind, path, source) from None
+        inner, said = located(e, kind)
+        raise source.error((*path, *inner), said) from None
 
 
 def _make_secret(kind: type, value: object) -> Secret:
@@ -518,52 +518,6 @@ def _secret_schema(kind: type) -> dict[str, Any]:
     fields = {"key": text, "models": {"type": "array", "items": text, "minItems": 1}}
     limited = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
     return {"anyOf": [text, limited]}
-
-
-def _located(error: msgspec.ValidationError, kind: type, path: tuple[str | int, ...], source: _Source) -> ConfigError:
-    match = _ERROR_PATH.match(str(error))
-    assert match
-    steps = _PATH_STEP.finditer(match["path"] or "")
-    inner = tuple(int(s["index"]) if (s["index"] or "").isdigit() else s["key"] for s in steps)
-    inner = tuple(step for step in inner if step is not None)
-    unknown = re.match(r"Object contains unknown field `(.*)`", match["what"])
-    if unknown:
-        return source.error((*path, *inner, unknown[1]), _unknown(unknown[1], _fields_at(kind, inner)))
-    invalid = re.match(r"Invalid enum value (.*)", match["what"])
-    if invalid:
-        return source.error((*path, *inner), f"{invalid[1]} is none of {', '.join(_literals_at(kind, inner))}")
-    return source.error((*path, *inner), match["what"][0].lower() + match["what"][1:])
-
-
-def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
-    """Return the keys that the Struct at these steps below `kind` takes."""
-    info = _info_at(kind, steps)
-    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
-    return tuple(f.encode_name for f in fields)
-
-
-def _literals_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
-    """Return the words that may stand at these steps below `kind`."""
-    info = _info_at(kind, steps)
-    return tuple(map(str, info.values)) if isinstance(info, msgspec.inspect.LiteralType) else ()
-
-
-def _info_at(kind: Any, steps: tuple[str | int, ...]) -> msgspec.inspect.Type:
-    info = msgspec.inspect.type_info(kind)
-    for step in (*steps, None):
-        if isinstance(info, msgspec.inspect.UnionType):
-            of = [t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)]
-            info = next((t for t in of if isinstance(t, msgspec.inspect.StructType)), of[0])
-        if isinstance(step, str) and isinstance(info, msgspec.inspect.StructType):
-            info = next(f.type for f in info.fields if f.name == step)
-        elif isinstance(step, int) and isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
-            info = info.item_type
-    return info
-
-
-def _unknown(key: str, known: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
 
 
 # Checks across fields.
@@ -705,7 +659,7 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
         raise source.error((*path, "hosting"), "give either price or hosting, from which a price is worked out")
     for i, field in enumerate(model.allow):
         if field not in ALLOWABLE:
-            raise source.error((*path, "allow", i), _unknown(field, sorted(ALLOWABLE)))
+            raise source.error((*path, "allow", i), unknown_key(field, sorted(ALLOWABLE)))
     if model.endpoints and not any(e.weight for e in model.endpoints):
         raise source.error((*path, "endpoints"), "all weights are 0, so nothing could be chosen")
 

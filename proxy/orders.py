@@ -12,7 +12,7 @@ class Orders(msgspec.Struct, frozen=True):
 
     worker: its number, from 0. metrics_fd: the memory that all workers count in. board_fd: that in which they see each
     other's load. cache_fd: that in which they tell each other of their caches. ledger: the folder of the ledger, for a
-    server that keeps one.
+    server that keeps one. capabilities: the folder of findings.
     """
 
     config: bytes
@@ -23,6 +23,7 @@ class Orders(msgspec.Struct, frozen=True):
     cache_fd: int
     worker: int
     ledger: str
+    capabilities: str
 
     def frame(self) -> bytes:
         """Return the orders as `read` takes them: their size, then themselves."""

@@ -38,7 +38,7 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # `kind` outweighs the others together, so that they decide among models of the kind that is asked for. What is
 # preferred above all leaves the others a say where it makes no difference.
 WEIGHTS: Mapping[Prefer, Weights] = {
-    "balanced": Weights(kind=2.0, task=0.5, quality=0.4, cost=0.3, speed=0.1),
+    "balanced": Weights(kind=4.0, task=0.25, quality=0.3, cost=0.3, speed=0.1),
     "cost": Weights(cost=1.0, task=0.02, quality=0.02, speed=0.01),
     "quality": Weights(quality=1.0, task=0.3, cost=0.02, speed=0.01),
     "speed": Weights(speed=1.0, task=0.02, quality=0.02, cost=0.01),

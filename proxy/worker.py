@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 
 from proxy import config, inbound
-from proxy.app import Worker, make_board
+from proxy.app import Places, Worker, make_board
 from proxy.cache.bulletin import Bulletin
 from proxy.metrics import Metrics
 from proxy.orders import Orders
@@ -40,7 +40,8 @@ def main() -> int:
     metrics = Metrics(settings, given.worker, given.metrics_fd)
     board = make_board(settings, given.worker, given.board_fd)
     bulletin = Bulletin(settings.server.workers, given.worker, given.cache_fd)
-    made = Worker(settings, Path(given.control_socket), metrics, board, Path(given.ledger), bulletin)
+    places = Path(given.control_socket), Path(given.ledger), Path(given.capabilities)
+    made = Worker(settings, Places(*places), metrics, board, bulletin)
     server = _Server(_uvicorn_config(made, settings))
     listening = socket.socket(fileno=given.listen_fd)
     uvloop.run(_serve(server, listening, settings.server))

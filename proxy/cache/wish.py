@@ -10,6 +10,7 @@ from msgspec import Meta
 from proxy.cache.settings import When
 from proxy.errors import BadRequest
 
+FIELD = "cache"
 Seconds = Annotated[float, Meta(ge=0)]
 
 _FIELDS = "an object of no-cache, no-store (booleans), max-age, ttl (seconds), pace (events a second) and when"

@@ -105,8 +105,8 @@ def _prepare_table(connection: sa.Connection) -> None:
     there = {column["name"] for column in sa.inspect(connection).get_columns(_TABLE.name)}
     for column in _TABLE.columns:
         if column.name not in there:
-            described = sa.schema.CreateColumn(column).compile(connection)  # type: ignore[no-untyped-call]
-            connection.execute(sa.DDL(f"ALTER TABLE {_TABLE.name} ADD COLUMN {described}"))
+            described = sa.schema.CreateColumn(column).compile(connection)
+            connection.execute(sa.text(f"ALTER TABLE {_TABLE.name} ADD COLUMN {described}"))
 
 
 def _prepare(connection: Any, _: object) -> None:

@@ -11,14 +11,16 @@ import uvicorn
 from engines.spec import FleetStatus
 from proxy import inbound, registry
 from proxy.api import Api, build_app
-from proxy.app import make_admission, make_balancer, make_board, make_cached
+from proxy.app import make_admission, make_balancer, make_board
 from proxy.cache.bulletin import Bulletin
+from proxy.caching import make_cached
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
+from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
@@ -46,9 +48,11 @@ class Proxy:
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
         bulletin = Bulletin()
         self.metrics.stores = bulletin.all
-        prices = Prices(config)
+        prices = Prices(config, self.metrics.throughput)
         self.cached = make_cached(config, ways, bulletin, self.metrics, self.metrics, prices)
-        api = Api(Chat(ways, self.cached), self.live, self.metrics, config.server, prices, cached=self.cached)
+        dispatcher = Dispatcher(self.endpoints, config.limits, prices, self.metrics.tokens_per_second)
+        chat = Chat(ways, dispatcher, self.cached)
+        api = Api(chat, self.live, self.metrics, config.server, prices, cached=self.cached)
         self.app = build_app(api, [], [])
         self.client = httpx2.AsyncClient()
         self.port = 0
