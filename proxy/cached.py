@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import cache, partial
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import msgspec
 
@@ -26,6 +26,10 @@ from proxy.reply import Headers, Reply, with_length
 from proxy.route import Ways
 from proxy.telemetry import FIRST_TOKEN
 from proxy.transport import content_type
+
+if TYPE_CHECKING:
+    from proxy.cache.questions import Questions  # which import numpy
+    from proxy.cache.semantic import Search
 
 T = TypeVar("T")
 
@@ -67,14 +71,11 @@ class Cached:
     """Answers requests from a store where it can, and fills it."""
 
     def __init__(
-        self,
-        ways: Ways,
-        store: Store,
-        settings: CacheSettings,
-        bulletin: Bulletin,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """clock: seconds since 1970."""
+        self, ways: Ways, store: Store, settings: CacheSettings, bulletin: Bulletin,
+        questions: "Questions | None" = None, clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        """questions: of a server that compares some by their meaning. clock: seconds since 1970."""
+        self.questions = questions
         self._ways = ways
         self._store = store
         self._settings = settings
@@ -220,7 +221,7 @@ class Cached:
             await flight.ended()
         exchange.waited()
         if flight.entry is not None:
-            return self._replay(flight.entry, wanted, "joined")
+            return _near(self._replay(flight.entry, wanted, "joined"), flight)
         if flight.over:
             exchange.parts()
             return None
@@ -245,8 +246,8 @@ class Cached:
         if flight.error is not None:
             raise flight.error
         if flight.reply is None:
-            assert flight.entry
-            return self._replay(flight.entry, wanted, "hit")  # another replica had it made
+            assert flight.entry  # another replica had it made, or it answers a question that means the same
+            return _near(self._replay(flight.entry, wanted, "hit"), flight)
         reply = _live(flight, wanted, leads=True) if flight.streams else flight.reply
         return _labelled(reply, wanted.exchange, wanted.key)
 
@@ -264,26 +265,53 @@ class Cached:
                 await wanted.exchange.close()
 
     async def _make(self, flight: Flight, wanted: Wanted) -> None:
-        patience = wanted.deadline.remaining() if wanted.deadline else _PATIENCE
-        claim = self._store.claim(wanted.key, patience)
-        if claim is not None:
-            claim = await _now(claim)
+        claim = await self._claim(wanted) if self._store.is_shared else None
         if isinstance(claim, Entry):
             flight.end(claim)
             return
         entry = None
         try:
-            asked, exchange = wanted.asked, wanted.exchange
-            walk = Walk(self._ways, asked, wanted.model, wanted.chain, exchange, whole=True)
-            reply = await walk.answer()
-            body = await _passed(reply, flight, exchange.endpoint, streams=asked.envelope.stream)
-            if body is not None and reply.status == 200:
-                entry = self._entry(wanted, reply, body)
-            flight.end(entry)
-            if entry is None or not _may_be_kept(reply, exchange) or self._flights.get(wanted.flight) is not flight:
-                entry = None
+            search = await self._search(wanted) if self.questions else None
+            if search and search.near and search.entry and self._will_do(search.entry, wanted.wish):
+                flight.similarity = search.near.similarity
+                flight.end(search.entry)
+                return
+            entry = await self._generate(flight, wanted)
         finally:
             await self._keep(wanted.key, entry, claim)
+        if search and entry and self.questions:
+            await self.questions.keep(search, wanted.asked, wanted.model, wanted.key, entry)
+
+    async def _generate(self, flight: Flight, wanted: Wanted) -> Entry | None:
+        """Have an endpoint answer, for all who wait; return what is to be kept."""
+        exchange, entry = wanted.exchange, None
+        walk = Walk(self._ways, wanted.asked, wanted.model, wanted.chain, exchange, whole=True)
+        reply = await walk.answer()
+        body = await _passed(reply, flight, exchange.endpoint, streams=wanted.asked.envelope.stream)
+        if body is not None and reply.status == 200:
+            entry = self._entry(wanted, reply, body)
+        flight.end(entry)
+        is_current = self._flights.get(wanted.flight) is flight  # there was no purge meanwhile
+        return entry if entry and _may_be_kept(reply, exchange) and is_current else None
+
+    async def _claim(self, wanted: Wanted) -> Claim | Entry | None:
+        """Ask to generate alone among replicas, or for what another one has generated."""
+        if wanted.wish.no_cache:
+            return None
+        patience = wanted.deadline.remaining() if wanted.deadline else _PATIENCE
+        found = await _now(self._store.claim(wanted.key, patience))
+        wanted.exchange.waited()
+        return None if isinstance(found, Entry) and not self._will_do(found, wanted.wish) else found
+
+    async def _search(self, wanted: Wanted) -> "Search | None":
+        """Look for a question that means the same."""
+        if self.questions is None or wanted.wish.no_cache:
+            return None
+        key_id = wanted.exchange.key_id
+        scope = key_id if wanted.rule.scope == "key" else ""
+        found = await self.questions.find(wanted.asked, wanted.model, scope, key_id)
+        wanted.exchange.waited()
+        return found
 
     def _entry(self, wanted: Wanted, reply: Reply, body: bytes) -> Entry:
         exchange, ttl = wanted.exchange, cast(float, wanted.rule.ttl)
@@ -316,6 +344,13 @@ def _key(asked: Asked, model: Model, rule: CacheRule, wish: Wish, key_id: str) -
     if when == "never" or (when == "deterministic" and not key.is_deterministic(asked.path, asked.envelope.fields)):
         return None
     return key.key(asked, model.name, model.revision, key_id if rule.scope == "key" else "")
+
+
+def _near(reply: Reply, flight: Flight) -> Reply:
+    """Say of an answer to another question how near that is."""
+    if flight.similarity is not None:
+        reply.headers.append((b"x-polyvox-cache-similarity", b"%.4f" % flight.similarity))
+    return reply
 
 
 async def _now(found: Awaitable[T] | T) -> T:

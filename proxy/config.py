@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import media, references, rules, tasks
-from proxy.cache.settings import CacheSettings
+from proxy.cache.settings import CacheSettings, Embeddings
 from proxy.cost import Hosting, Price
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
@@ -537,12 +537,26 @@ def _check(config: Config, source: _Source) -> None:
 def _check_cache(cache: CacheSettings, config: Config, source: _Source) -> None:
     for name in cache.models:
         _check_known(name, config.names().all(), ("cache", "models", name), source)
+        _check_semantic(name, cache, config, source)
     if cache.store == "memory" and cache.url:
         raise source.error(("cache", "url"), "the store memory has no address; this is for redis")
     if cache.store == "redis" and not cache.url:
         raise source.error(("cache", "store"), "redis needs an address: url: redis://HOST:6379/0")
     if cache.url:
         _check_redis_url(cache.url.reveal(), source)
+
+
+def _check_semantic(name: str, cache: CacheSettings, config: Config, source: _Source) -> None:
+    semantic, path = cache.models[name].semantic, ("cache", "models", name, "semantic")
+    if semantic is None:
+        return
+    names = config.names()
+    if isinstance(semantic.embeddings, Embeddings):
+        _check_url(semantic.embeddings.url, (*path, "embeddings", "url"), source)
+    elif names.model(semantic.embeddings) not in config.models:
+        raise source.error((*path, "embeddings"), no_such("model", semantic.embeddings, config.models))
+    if semantic.vectors == "redis" and cache.store != "redis":
+        raise source.error((*path, "vectors"), "they are kept in the cache's Redis, so cache.store must be redis")
 
 
 def _check_redis_url(url: str, source: _Source) -> None:
@@ -717,6 +731,7 @@ def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
     for settings in (config.ledger_settings(), config.cache_settings()):
         if settings and settings.url:
             found.update(dict.fromkeys(_of_address(settings.url.reveal()), MASK))
+    found.update(dict.fromkeys(_of_embeddings(config.cache_settings()), MASK))
     for model in config.models.values():
         found.update({e.api_key.reveal(): MASK for e in model.endpoints if e.api_key})
         places = [model.engine.env, model.engine.args] if model.engine else [e.options for e in model.endpoints]
@@ -731,6 +746,12 @@ def _of_address(url: str) -> Iterator[str]:
     yield url
     password = urlsplit(url).password or ""
     yield from (password, unquote(password))
+
+
+def _of_embeddings(cache: CacheSettings | None) -> Iterator[str]:
+    for semantic in cache.semantics().values() if cache else ():
+        if isinstance(semantic.embeddings, Embeddings) and semantic.embeddings.api_key:
+            yield semantic.embeddings.api_key.reveal()
 
 
 def _named_as_secret(value: Any) -> Iterator[str]:

@@ -24,6 +24,7 @@ PolyvoxError
 │   ├── NotReady               503, come back in a moment
 │   ├── EngineStopped          503, somebody has to do something
 │   ├── LedgerUnavailable      503, its database does not answer
+│   ├── StoreUnavailable       503, the cache's store does not answer
 │   ├── Unavailable            503, nothing that could answer is asked now
 │   ├── DeadlinePassed         504, as the client wished
 │   └── GatewayTimeout         504
@@ -256,6 +257,18 @@ class LedgerUnavailable(RequestError):
 
     def __init__(self) -> None:
         super().__init__("The database of the ledger does not answer; requests are noted, try again soon.")
+
+
+class StoreUnavailable(RequestError):
+    """The store of the cache does not answer whoever looks after it; requests go on without."""
+
+    status = 503
+    type = "server_error"
+    code = "cache_unavailable"
+    retry_after = 5
+
+    def __init__(self) -> None:
+        super().__init__("The store of the cache does not answer; requests go on without it, try again soon.")
 
 
 class NotReady(RequestError):

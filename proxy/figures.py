@@ -10,6 +10,7 @@ import msgspec
 
 from proxy import cost
 from proxy.cache import Stats
+from proxy.cache.likeness import Tally, buckets
 from proxy.telemetry import ERROR_TYPES, AttemptFailed, BreakerChanged, RequestFinished
 
 if TYPE_CHECKING:
@@ -140,6 +141,28 @@ def stored(stats: Stats) -> Iterator["Metric"]:
     yield GaugeMetricFamily("polyvox_cache_bytes", "Memory that kept answers take", value=stats.bytes or 0)
     yield CounterMetricFamily("polyvox_cache_stores", "Answers that were kept", value=stats.stored)
     yield CounterMetricFamily("polyvox_cache_evictions", "Answers that made room for others", value=stats.evicted)
+
+
+def compared(tallies: Mapping[str, Tally]) -> Iterator["Metric"]:
+    """Yield what Prometheus is shown of questions that are compared by their meaning, by alias."""
+    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+    reports = {name: tally.report() for name, tally in tallies.items()}
+    for name, text, field in (
+        ("questions", "Requests that were compared with earlier ones by their meaning", "questions"),
+        ("unanswered", "Questions for which no vector came in time", "unanswered"),
+        ("hits", "Questions that had an earlier one near enough", "hits"),
+    ):
+        family = CounterMetricFamily(f"polyvox_semantic_{name}", text, labels=["model_name"])
+        for alias, report in reports.items():
+            family.add_metric([alias], getattr(report, field))
+        yield family
+    nearest = HistogramMetricFamily(
+        "polyvox_semantic_similarity", "Cosine of questions to the nearest earlier one", labels=["model_name"]
+    )
+    for alias, report in reports.items():
+        nearest.add_metric([alias], buckets(report), sum_value=None)
+    yield nearest
 
 
 def _sum(parts: Sequence["memoryview[float]"], at: int) -> float:

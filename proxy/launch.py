@@ -15,6 +15,7 @@ import msgspec
 
 from engines.paths import StatePaths
 from proxy import config, providers
+from proxy.cache import needs
 from proxy.config import Config, Loaded, Server
 from proxy.console import Console
 from proxy.errors import ServeError
@@ -33,6 +34,7 @@ def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     loaded = config.load(file, environ)
     providers.check(loaded)
+    needs.check(loaded)
     listening = _bind(loaded.config.server)
     try:
         paths.create()

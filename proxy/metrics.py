@@ -17,7 +17,8 @@ import msgspec
 
 from proxy import figures
 from proxy.accounting import FINISH_REASONS, Usage
-from proxy.cache import Stats
+from proxy.cache import Stats, likeness
+from proxy.cache.likeness import Tally
 from proxy.config import Config
 from proxy.cost import work
 from proxy.telemetry import (
@@ -104,7 +105,10 @@ _WIDTH = _OVERHEAD.sum_at + 1
 
 
 class Layout:
-    """Where the doubles of a worker are: gauges of endpoints and queues, each series, the row of each endpoint."""
+    """Where the doubles of a worker are: gauges of endpoints and queues, each series, and rows.
+
+    rows: of each endpoint, see figures. tallies: of aliases whose questions are compared by meaning, see likeness.
+    """
 
     def __init__(self, config: Config) -> None:
         names = config.endpoint_names()
@@ -117,7 +121,10 @@ class Layout:
         self.series = {key: first + i * _WIDTH for i, key in enumerate(keys)}
         rows = first + len(keys) * _WIDTH
         self.rows = {key: rows + i * figures.WIDTH for i, key in enumerate(self.gauges)}
-        self.size = rows + len(self.gauges) * figures.WIDTH
+        tallies = rows + len(self.gauges) * figures.WIDTH
+        cache = config.cache_settings()
+        self.tallies = {a: tallies + i * likeness.WIDTH for i, a in enumerate(cache.semantics() if cache else ())}
+        self.size = tallies + len(self.tallies) * likeness.WIDTH
         self.elsewhere = self.series[UNKNOWN, "", OTHER]
 
     def __repr__(self) -> str:
@@ -152,6 +159,7 @@ class Metrics:
         for gauge in (*layout.gauges.values(), *layout.queues.values()):
             self._own[gauge] = 0.0
         figures.clear(self._own, layout.rows)
+        self.tallies = {name: Tally(self._parts, worker, at) for name, at in layout.tallies.items()}
 
     def __repr__(self) -> str:
         return f"<Metrics {self._layout!r}>"
@@ -243,6 +251,8 @@ class Metrics:
         yield _waiting(queues)
         yield from _families(rows, gauges)
         yield from figures.families(parts, self._layout.rows)
+        if self.tallies:
+            yield from figures.compared(self.tallies)
         if self.stores is not None:
             yield from figures.stored(self.stores())
 

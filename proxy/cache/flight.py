@@ -21,7 +21,7 @@ class Flight:
 
     __slots__ = (
         "_gone", "_limit", "_members", "_pieces", "_room", "_size", "_waiting", "entry", "error", "name", "over",
-        "reply", "source", "streams", "task",
+        "reply", "similarity", "source", "streams", "task",
     )  # fmt: skip
 
     def __init__(self, name: str, limit: int) -> None:
@@ -44,6 +44,7 @@ class Flight:
         self.streams = False
         self.over = False
         self.entry: Entry | None = None
+        self.similarity: float | None = None  # of an entry's question to the one that was asked, where that is another
         self.error: Exception | None = None
         self._waiting: list[asyncio.Future[None]] = []
         self._room: asyncio.Future[None] | None = None

@@ -11,8 +11,9 @@ import uvicorn
 from engines.spec import FleetStatus
 from proxy import inbound, registry
 from proxy.api import Api, build_app
-from proxy.app import make_admission, make_balancer, make_board, make_cached
+from proxy.app import make_admission, make_balancer, make_board
 from proxy.cache.bulletin import Bulletin
+from proxy.caching import make_cached
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.dispatch import Dispatcher
@@ -46,9 +47,9 @@ class Proxy:
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
         bulletin = Bulletin()
-        self.cached = make_cached(config, ways, bulletin)
-        self.metrics.stores = self.cached.sums if self.cached else None
         prices = Prices(config, self.metrics.throughput)
+        self.cached = make_cached(config, ways, bulletin, self.metrics, self.metrics, prices)
+        self.metrics.stores = self.cached.sums if self.cached else None
         dispatcher = Dispatcher(self.endpoints, config.limits, prices, self.metrics.tokens_per_second)
         chat = Chat(ways, dispatcher, self.cached)
         api = Api(chat, self.live, self.metrics, config.server, prices, cached=self.cached)
