@@ -1,6 +1,7 @@
 """Answers that were given before, or that are about to be: the story of a request where there is a cache."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import cache, partial
@@ -11,12 +12,12 @@ import msgspec
 from proxy import accounting, sse
 from proxy.accounting import NoAccount, StreamAccount, Tally, Usage
 from proxy.cache import Claim, Entry, Stats, Store, key, replay
-from proxy.cache.bulletin import Bulletin, Purge
+from proxy.cache.bulletin import Bulletin, Purge, Report
 from proxy.cache.flight import Flight
 from proxy.cache.settings import CacheRule, CacheSettings, size
 from proxy.cache.wish import Wish
 from proxy.deadline import Deadline
-from proxy.errors import TruncatedAnswer, UpstreamError, upstream_failure
+from proxy.errors import StoreUnavailable, TruncatedAnswer, UpstreamError, upstream_failure
 from proxy.fallback import Walk
 from proxy.providers import Asked
 from proxy.registry import Model
@@ -24,7 +25,7 @@ from proxy.relay import Exchange
 from proxy.renaming import EventRenamer
 from proxy.reply import Headers, Reply, with_length
 from proxy.route import Ways
-from proxy.telemetry import FIRST_TOKEN
+from proxy.telemetry import CACHE_RESULTS, FIRST_TOKEN
 from proxy.transport import content_type
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ WhenGone = Callable[[Callable[[], object] | None], None]
 
 FlightKey = tuple[bytes, tuple[str, ...]]
 
+_ELSEWHERE = Stats(None, None, 0, 0)
 _PATIENCE = 60.0  # seconds to wait for another replica's answer, where the client does not say how long it waits
 _WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
 
@@ -83,8 +85,10 @@ class Cached:
         self._limit = size(settings.max_entry_bytes)
         self._rule = cache(settings.rule)  # of names that there are
         self._clock = clock
-        # All mutable state: the generations under way that others may join; only those fill the store.
+        # All mutable state: the generations under way that others may join; only those fill the store. How often each of
+        # CACHE_RESULTS was.
         self._flights: dict[FlightKey, Flight] = {}
+        self._results = dict.fromkeys(CACHE_RESULTS, 0)
 
     def __repr__(self) -> str:
         return f"<Cached {self._store!r} {len(self._flights)} flights>"
@@ -110,7 +114,7 @@ class Cached:
         found = None if wish.no_store else _key(asked, model, rule, wish, exchange.key_id)
         if found is None:  # 1
             exchange.cache = "bypass"
-            return _labelled(await Walk(self._ways, asked, model, chain, exchange, deadline).answer(), exchange)
+            return self._labelled(await Walk(self._ways, asked, model, chain, exchange, deadline).answer(), exchange)
         shows_cost, exchange.shows_cost = exchange.shows_cost, False  # what all share has no one's cost in it
         names = tuple(chain)
         common = found, names
@@ -122,48 +126,47 @@ class Cached:
                 return reply
         return await self._lead(wanted)  # 4
 
-    async def purge(self, model: str | None = None, prefix: bytes = b"") -> int:
+    async def purge(self, purge: Purge) -> int:
         """Have all workers forget answers, those that are being made included; return how many were kept.
 
-        model: of which; None for all. prefix: of their keys.
+        Raises StoreUnavailable where they are kept elsewhere, and that does not answer.
         """
-        shared = await _now(self._store.purge(model, prefix)) if self._store.is_shared else 0
-        number = self._bulletin.post(Purge(model, prefix))
-        await self._catch_up()
-        return shared + await self._bulletin.acknowledged(number)
+        shared = await _now(self._store.purge(purge.model, purge.prefix)) if self._store.is_shared else 0
+        return shared + await self._bulletin.purge(purge)
 
-    async def _catch_up(self) -> None:
-        """Drop what this worker is told to."""
-        dropped = 0
-        for purge in self._bulletin.missed():
-            self._flights.clear()
-            if not self._store.is_shared:
-                dropped += await _now(self._store.purge(purge.model, purge.prefix))
+    async def report(self) -> Report:
+        """Return what the caches of all workers hold and have done. Raises as `purge` does."""
+        found = self.sums()
+        if not self._store.is_shared:
+            return found
+        stats = await _now(self._store.stats())
+        return msgspec.structs.replace(found, entries=stats.entries or 0, bytes=stats.bytes or 0)
+
+    def sums(self) -> Report:
+        """Return what the caches of all workers have told, of the others as of a moment ago."""
         self._tell()
-        self._bulletin.apply(dropped)
-
-    def _tell(self) -> None:
-        """Tell the other workers what the store of this one holds."""
-        stats = None if self._store.is_shared else self._store.stats()
-        if isinstance(stats, Stats):
-            self._bulletin.kept(stats)
+        return self._bulletin.all()
 
     async def run(self) -> None:
-        """Drop for ever what this worker is told to, also while nobody asks it for anything."""
+        """Drop for ever what this worker is told to, also while nobody asks it for anything; tell what it keeps."""
         while True:
             await self._bulletin.pause()
             if self._bulletin.is_behind():
                 await self._catch_up()
             self._tell()
 
-    def sums(self) -> Stats:
-        """Return what the stores of all workers hold, where each has its own; of the others as of a moment ago."""
-        self._tell()
-        return self._bulletin.all()
+    async def _catch_up(self) -> None:
+        """Drop what this worker is told to."""
+        dropped = 0
+        for purge in self._bulletin.missed():
+            self._flights.clear()
+            with contextlib.suppress(StoreUnavailable):  # it tells of that itself
+                dropped += await _now(self._store.purge(purge.model, purge.prefix))
+        self._bulletin.apply(dropped)
 
-    async def stats(self) -> Stats:
-        """Return what the stores of all workers hold."""
-        return await _now(self._store.stats()) if self._store.is_shared else self.sums()
+    def _tell(self) -> None:
+        stats = _ELSEWHERE if self._store.is_shared else self._store.stats()
+        self._bulletin.kept(cast(Stats, stats), self._results)
 
     async def close(self) -> None:
         """End what is under way, and close the store."""
@@ -177,7 +180,7 @@ class Cached:
 
     async def _found(self, wanted: Wanted) -> Reply | None:
         """Return the answer that is kept, or that others wait for; None if there is neither, or it failed them."""
-        if self._bulletin.is_behind():
+        if self._bulletin.is_behind() and not self._store.is_shared:
             await self._catch_up()
         flight = self._flights.get(wanted.flight)
         if flight is None:
@@ -201,13 +204,30 @@ class Cached:
         if not wanted.asked.envelope.stream:
             document = replay.document(entry, name)
             headers = with_length([(b"content-type", _type(entry, stream=False))], len(document))
-            return _labelled(_given(document, headers, entry, exchange), exchange, wanted.key, entry, self._clock())
+            return self._labelled(_given(document, headers, entry, exchange), exchange, wanted.key, entry)
         pace = self._settings.pace if wanted.wish.pace is None else wanted.wish.pace
         cost = _free if wanted.shows_cost else None
         events = replay.events(entry, name, hide_usage=wanted.hides_usage(), cost=cost, pieces=pace > 0)
         headers = [(b"content-type", _type(entry, stream=True))]
         reply = _paced(events, pace, headers, wanted) if pace else _given(events, headers, entry, exchange)
-        return _labelled(reply, exchange, wanted.key, entry, self._clock())
+        return self._labelled(reply, exchange, wanted.key, entry)
+
+    def _labelled(
+        self, reply: Reply, exchange: Exchange, name: bytes | None = None, entry: Entry | None = None
+    ) -> Reply:
+        """Say what the cache did; of a kept answer, who gave it, and how old it is."""
+        self._results[exchange.cache] += 1
+        headers = [(b"x-polyvox-cache", exchange.cache.encode())]
+        if name is not None:
+            headers.append((b"x-polyvox-cache-key", name.hex().encode()))
+        if entry is not None:
+            headers += (
+                (b"x-polyvox-model", entry.model.encode()),
+                (b"x-polyvox-endpoint", entry.endpoint.encode()),
+                (b"age", b"%d" % entry.age(self._clock())),
+            )
+        reply.headers += headers
+        return reply
 
     # What is being made
 
@@ -227,7 +247,7 @@ class Cached:
             return None
         exchange.cache, exchange.source = "joined", flight.source
         exchange.answers(200)
-        return _labelled(_live(flight, wanted, leads=False), exchange, wanted.key)
+        return self._labelled(_live(flight, wanted, leads=False), exchange, wanted.key)
 
     async def _lead(self, wanted: Wanted) -> Reply:
         """Have an answer made."""
@@ -249,7 +269,7 @@ class Cached:
             assert flight.entry  # another replica had it made, or it answers a question that means the same
             return _near(self._replay(flight.entry, wanted, "hit"), flight)
         reply = _live(flight, wanted, leads=True) if flight.streams else flight.reply
-        return _labelled(reply, wanted.exchange, wanted.key)
+        return self._labelled(reply, wanted.exchange, wanted.key)
 
     async def _fly(self, flight: Flight, wanted: Wanted) -> None:
         """Make an answer, for all who wait, and keep it."""
@@ -435,20 +455,3 @@ def _type(entry: Entry, *, stream: bool) -> bytes:
     if entry.stream == stream:
         return entry.content_type
     return replay.EVENT_STREAM if stream else replay.JSON
-
-
-def _labelled(
-    reply: Reply, exchange: Exchange, name: bytes | None = None, entry: Entry | None = None, now: float = 0.0
-) -> Reply:
-    """Say what the cache did; of a kept answer, who gave it, and how old it is."""
-    headers = [(b"x-polyvox-cache", exchange.cache.encode())]
-    if name is not None:
-        headers.append((b"x-polyvox-cache-key", name.hex().encode()))
-    if entry is not None:
-        headers += (
-            (b"x-polyvox-model", entry.model.encode()),
-            (b"x-polyvox-endpoint", entry.endpoint.encode()),
-            (b"age", b"%d" % entry.age(now)),
-        )
-    reply.headers += headers
-    return reply
