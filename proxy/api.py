@@ -30,9 +30,9 @@ from proxy.errors import (
 from proxy.ledger import usage
 from proxy.ledger.books import Books
 from proxy.ledger.recorder import Both
+from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry
 from proxy.registry import BEST_FIRST, Model, Preset, Registry
 from proxy.relay import Exchange
 from proxy.reply import Reply
@@ -165,17 +165,9 @@ class Api:
         if body is None:
             return None
         visit.exchange.received()
-        return Incoming(
-            method=scope["method"],
-            path=scope["path"].rstrip("/"),
-            query=scope["query_string"],
-            headers=cast(Headers, scope["headers"]),
-            body=body,
-            request_id=visit.request_id,
-            salt=visit.caller.salt,
-            deadline=deadline,
-            models=visit.caller.models,
-        )
+        path, query, headers = scope["path"].rstrip("/"), scope["query_string"], cast(Headers, scope["headers"])
+        salt, models = visit.caller.salt, visit.caller.models
+        return Incoming(scope["method"], path, query, headers, body, visit.request_id, salt, deadline, models)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
         answering = self._chat.answer(request, exchange)

@@ -123,10 +123,12 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, or the name of an entry
     point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
-    provider, which says what it takes. stream_usage: false for a server that refuses `stream_options`; what its streams
-    use is then not accounted. max_in_flight: requests that it gets at once; any number if left out. pass_timeout: true
-    for another Polyvox, which is told how long the client still waits (`x-request-timeout`). continues: whether a chat
-    that broke elsewhere can go on there, as with vLLM's `continue_final_message`; where left out, of anthropic's only.
+    provider, which says what it takes. max_in_flight: requests that it gets at once; any number if left out.
+    pass_timeout: true for another Polyvox, which is told how long the client still waits (`x-request-timeout`).
+
+    Where these are left out, they are as `polyvox probe` found them, and else as said here. stream_usage: false for a
+    server that refuses `stream_options`, what its streams use is then not accounted; else true. continues: whether a
+    chat that broke elsewhere can go on there, as with vLLM's `continue_final_message`; else of anthropic's only.
     Completions go on anywhere.
     """
 
@@ -137,7 +139,7 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
     weight: Annotated[float, Meta(ge=0)] = 1.0
     model: str | None = None
-    stream_usage: bool = True
+    stream_usage: bool | None = None
     max_in_flight: Count | None = None
     pass_timeout: bool = False
     continues: bool | None = None

@@ -5,12 +5,14 @@ A name stands for a Model, for a Preset of what else a name may stand for, or fo
 
 import difflib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
 from engines.spec import EngineStatus, FleetStatus, State
+from proxy.capabilities import NOTHING, Capabilities, Findings, shared, subject_of
 from proxy.config import (
     BreakerSettings,
     Config,
@@ -37,7 +39,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     max_in_flight: requests that it gets at once, None for any number. pass_timeout: whether it is told how long the
     client still waits.
     continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
-    the next, its UNIX time of being ready.
+    the next, its UNIX time of being ready. capabilities: what else was found out of it.
     """
 
     name: str
@@ -56,18 +58,23 @@ class Endpoint(msgspec.Struct, frozen=True):
     options: Mapping[str, Any] = {}
     max_in_flight: int | None = None
     pass_timeout: bool = True
+    capabilities: Capabilities = Capabilities()
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
-        if self.base_path is None:
-            return ours
-        if ours.startswith("/v1/"):
-            return self.base_path + ours[3:]
-        return self.base_path.removesuffix("/v1") + ours
+        return ours if self.base_path is None else _below(self.base_path, ours)
+
+
+@lru_cache(maxsize=1024)
+def _below(base: str, ours: str) -> str:
+    return base + ours[3:] if ours.startswith("/v1/") else base.removesuffix("/v1") + ours
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A model and its endpoints, with the state of the best of them. context_length: None where nobody says it."""
+    """A model and its endpoints, with the state of the best of them.
+
+    context_length: None where nobody says it. capabilities: what all endpoints can do.
+    """
 
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -79,6 +86,7 @@ class Model(msgspec.Struct, frozen=True):
     breaker: BreakerSettings = BreakerSettings()
     retries: RetrySettings = RetrySettings()
     traits: Traits = Traits()
+    capabilities: Capabilities = Capabilities()
 
     def ready(self) -> tuple[Endpoint, ...]:
         """Return the endpoints that take requests now."""
@@ -157,14 +165,16 @@ def permits(only: frozenset[str], name: str, target: Target) -> bool:
 BEST_FIRST: tuple[State, ...] = ("ready", "starting", "draining", "failed", "stopped")
 
 
-def build(config: Config, fleet: FleetStatus) -> Registry:
-    """Make the registry of a configuration and what the supervisor says of its engines."""
+def build(config: Config, fleet: FleetStatus, findings: Findings = NOTHING) -> Registry:
+    """Make the registry of a configuration, what the supervisor says of its engines, and what was found out."""
     engines: dict[str, list[EngineStatus]] = {name: [] for name in config.models}
     for status in fleet.engines:
         if status.model in engines:
             engines[status.model].append(status)
     models = {
-        name: _local(name, model, engines[name], config.server) if model.engine else _remote(name, model)
+        name: _local(name, model, engines[name], config.server, findings)
+        if model.engine
+        else _remote(name, model, findings)
         for name, model in config.models.items()
     }
     return Registry(
@@ -209,11 +219,14 @@ def _chains(config: Config) -> dict[str, tuple[str, ...]]:
     return {alias: own[model] for alias in config.aliases if (model := names.model(alias)) in own} | own
 
 
-def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], server: Server) -> Model:
+def _local(
+    name: str, model: ModelSettings, engines: Iterable[EngineStatus], server: Server, findings: Findings
+) -> Model:
     assert model.engine
     most = model.engine.max_in_flight
     ranked = sorted(engines, key=lambda status: BEST_FIRST.index(status.state))
     best = ranked[0] if ranked else None
+    found = _found(findings, subject_of(model.engine, name), best.version if best else None)
     return Model(
         name=name,
         endpoints=tuple(
@@ -225,6 +238,8 @@ def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], ser
                 state=s.state,
                 max_in_flight=most,
                 since=s.since,
+                continues=found.continues is not False,
+                capabilities=found,
             )
             for s in ranked
             if s.address
@@ -237,26 +252,38 @@ def _local(name: str, model: ModelSettings, engines: Iterable[EngineStatus], ser
         breaker=model.breaker,
         retries=model.retries,
         traits=model.traits(),
+        capabilities=found,
     )
 
 
-def _remote(name: str, model: ModelSettings) -> Model:
-    endpoints = tuple(_endpoint(name, i, settings) for i, settings in enumerate(model.endpoints))
+def _found(findings: Findings, subject: str, version: str | None = None) -> Capabilities:
+    """Return what was found out of a subject, if that was of this version of its server."""
+    finding = findings.get(subject)
+    if finding is None or (version is not None and finding.version != version):
+        return Capabilities()
+    return finding.capabilities
+
+
+def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
+    endpoints = tuple(_endpoint(name, i, settings, findings) for i, settings in enumerate(model.endpoints))
+    capabilities = shared(e.capabilities for e in endpoints)
     policy = Policy(frozenset(model.allow), None)
     return Model(
         name=name,
         endpoints=endpoints,
         state="ready",
-        context_length=model.context,
+        context_length=model.context or capabilities.context_length,
         timeouts=model.timeouts,
         policy=policy,
         breaker=model.breaker,
         retries=model.retries,
         traits=model.traits(),
+        capabilities=capabilities,
     )
 
 
-def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
+def _endpoint(model: str, index: int, settings: EndpointSettings, findings: Findings) -> Endpoint:
+    found = _found(findings, subject_of(settings, model))
     parts = urlsplit(settings.base_url)
     return Endpoint(
         name=f"{model}/{index}",
@@ -266,11 +293,17 @@ def _endpoint(model: str, index: int, settings: EndpointSettings) -> Endpoint:
         base_path=parts.path.rstrip("/"),
         api_key=settings.api_key,
         weight=settings.weight,
-        stream_usage=settings.stream_usage,
-        continues=settings.provider == "anthropic" if settings.continues is None else settings.continues,
+        stream_usage=_first(settings.stream_usage, found.stream_usage, True),
+        continues=_first(settings.continues, found.continues, settings.provider == "anthropic"),
         provider=settings.provider,
         api_version=settings.api_version,
         options=settings.options,
         max_in_flight=settings.max_in_flight,
         pass_timeout=settings.pass_timeout,
+        capabilities=found,
     )
+
+
+def _first(configured: bool | None, found: bool | None, otherwise: bool) -> bool:
+    """Return what is configured, else what was found out, else what is likely."""
+    return next((said for said in (configured, found) if said is not None), otherwise)

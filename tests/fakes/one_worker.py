@@ -16,9 +16,9 @@ from proxy.chat import Chat
 from proxy.config import Config
 from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
+from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
