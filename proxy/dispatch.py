@@ -121,15 +121,16 @@ class Dispatcher:
     def _candidate(
         self, model: Model, found: Features, refusals: Mapping[forbidden.Policy, str | None], now: float
     ) -> Candidate:
-        each = self._tokens_each.get(model.name, 1.0)
+        each, found_out = self._tokens_each.get(model.name, 1.0), model.capabilities
         return Candidate(
             name=model.name,
             traits=model.traits,
             context=model.context_length,
-            modalities=frozenset(model.traits.modalities or ("text",)),
+            modalities=frozenset(model.traits.modalities or found_out.modalities or ("text",)),
+            able={need: getattr(found_out, need) for need in found.needs},
             tokens_each=each,
             price=self._prices.dearest(model.name, round(found.tokens * each)) if self._prices else None,
-            speed=self._speed(model.name, now) if model.traits.speed_score is None else None,
+            speed=self._speed(model, now) if model.traits.speed_score is None else None,
             health=self._health(model, now),
             refusal=refusals[model.policy],
         )
@@ -139,12 +140,12 @@ class Dispatcher:
             return "ready"
         return "starting" if not model.ready() and model.state in ("starting", "draining") else "down"
 
-    def _speed(self, name: str, now: float) -> float | None:
-        """Return the score that a model's streams of late are worth."""
-        known = self._speeds.get(name)
+    def _speed(self, model: Model, now: float) -> float | None:
+        """Return the score that a model's streams of late are worth, or that of the speed which was found out."""
+        known = self._speeds.get(model.name)
         if known is None or now - known[0] >= _FRESH:
-            rate = self._tokens_per_second(name)
-            known = self._speeds[name] = (now, None if rate is None else speed_score(rate))
+            rate = self._tokens_per_second(model.name) or model.capabilities.tokens_per_second
+            known = self._speeds[model.name] = (now, None if rate is None else speed_score(rate))
         return known[1]
 
     def _judge(self, registry: Registry) -> Judge:

@@ -9,10 +9,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import config
+from proxy import complexity, config
 from proxy.config import Loaded, Secret
 from proxy.cost import Price
 from proxy.errors import ConfigError
+from proxy.rules import WEIGHTS
 from proxy.traits import Traits
 
 SHIPPED = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
@@ -309,6 +310,21 @@ def test_the_traits_of_a_model_are_read_for_local_and_cloud_models_alike(load):
         modalities=("text", "image"), region="eu",
     )  # fmt: skip
     assert models["cloud"].traits() == Traits(kind="fast_cheap")
+
+
+def test_a_model_of_complexity_is_found_beside_the_file_and_must_be_one(load, refusal, tmp_path):
+    (tmp_path / "fitted.json").write_bytes(complexity.SHIPPED.read_bytes())
+    text = "routing:\n  complexity_model: fitted.json\n"
+    assert load(text).config.routing.complexity_model == str(tmp_path / "fitted.json")
+    (tmp_path / "fitted.json").write_text("{}")
+    assert "polyvox.yaml:2: routing.complexity_model: " in refusal(text)
+    assert "No such file" in refusal("routing:\n  complexity_model: other.json\n")
+
+
+def test_weights_replace_the_shipped_ones_one_by_one(load):
+    weights = load("routing: {weights: {cost: {quality: 0.5}}}").config.routing.weighing()
+    assert (weights["cost"].quality, weights["cost"].cost) == (0.5, WEIGHTS["cost"].cost)
+    assert weights["balanced"] == WEIGHTS["balanced"]
 
 
 def test_a_key_may_be_for_some_models_only_and_stays_a_secret(load):

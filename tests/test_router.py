@@ -68,6 +68,11 @@ def test_what_a_request_prefers_itself_counts_for_more_than_its_name_and_that_fo
     assert plan(Features(prefer="quality"), prefer="cost", rules=(rule,)).prefer == "quality"
 
 
+@pytest.mark.parametrize(("level", "first"), [("simple", "cheap"), ("medium", "strong"), ("complex", "strong")])
+def test_without_a_balanced_model_what_is_simple_gets_the_lesser_one(level, first):
+    assert plan(Features(level=level), (STRONG, CHEAP)).models[0] == first
+
+
 def test_of_several_that_are_good_enough_the_cheapest_answers():
     dear, fair = change(STRONG, name="dear", price=Price(50, 200)), change(STRONG, name="fair")
     assert plan(Features(level="complex"), (dear, fair)).models == ["fair", "dear"]

@@ -4,18 +4,25 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 
+from proxy import complexity
+from proxy.capabilities import Capabilities
 from proxy.config import ApiKey, BreakerSettings, Config, EndpointSettings, ModelSettings, Server
 from proxy.cost import Hosting, Price
+from proxy.dispatch import speed_score
+from proxy.metrics import Metrics
 from proxy.naming import AliasSettings
-from proxy.rules import Rule
+from proxy.rules import RoutingSettings, Rule
 from tests.fakes.one_worker import JSON, Proxy, document, events, proxying
 from tests.fakes.scripted_upstream import Play, ScriptedUpstream, ok, upstream
 from tests.test_fallback import streamed
+from tests.test_metrics import finished
 
 Upstreams = dict[str, ScriptedUpstream]
 Story = Callable[[Proxy, Upstreams], Awaitable[None]]
@@ -284,6 +291,18 @@ def test_what_cannot_be_explained_is_refused(body: bytes, status: int, said: str
     tell(story)
 
 
+@pytest.mark.parametrize(("threshold", "level"), [(0.01, "complex"), (0.99, "medium")])
+def test_a_threshold_that_was_fitted_says_what_is_complex(tmp_path: Path, threshold: float, level: str) -> None:
+    fitted = msgspec.structs.replace(complexity.shipped().coefficients, threshold=threshold)
+    file = tmp_path / f"{threshold}.json"
+    file.write_bytes(msgspec.json.encode(fitted))
+
+    async def story(proxy: Proxy, upstreams: Upstreams) -> None:
+        assert (await explained(proxy, prompt="Write a haiku about autumn"))["level"] == level
+
+    tell(story, routing=RoutingSettings(complexity_model=str(file)))
+
+
 # Keys for some models only
 
 BOUND = {"authorization": "Bearer bound"}
@@ -369,3 +388,30 @@ def test_a_local_engine_whose_hosting_is_known_is_not_taken_to_be_free() -> None
     assert 0 < busy.output < idle.output
     unpriced = ModelSettings(engine=EngineSettings(weights="a/b"))
     assert Prices(Config(models={"m": unpriced})).dearest("m", 10) is None
+
+
+def test_what_a_server_was_found_not_to_do_drops_its_model_and_its_speed_counts_until_traffic_tells() -> None:
+    async def story(proxy: Proxy, upstreams: Upstreams) -> None:
+        can = Capabilities(tools=False, tokens_per_second=100.0)
+        registry = proxy.live.current
+        small = msgspec.structs.replace(registry.models["middle"], capabilities=can)
+        proxy.live.replace(msgspec.structs.replace(registry, models={**registry.models, "middle": small}))
+        why = await explained(proxy, prompt="hi", tools=[{"type": "function"}])
+        assert [(c["model"], c["dropped"]) for c in why["candidates"] if c["dropped"]] == [
+            ("middle", "tools: its server does not do it")
+        ]
+        why = await explained(proxy, prompt="hi", routing={"requirements": {"speed": 6}})
+        assert "middle" not in {c["model"] for c in why["candidates"] if c["dropped"]}
+
+    tell(story)
+
+
+def test_the_speed_of_streams_is_learned() -> None:
+    metrics = Metrics(Config(models={"m": ModelSettings(endpoints=(EndpointSettings(base_url="http://x/v1"),))}))
+    assert metrics.tokens_per_second("m") is None
+    for seconds in (0.01, 0.03):
+        metrics.finished(finished(model="m", endpoint="m/0", per_token=seconds))
+    assert metrics.tokens_per_second("m") == pytest.approx(50)
+    assert metrics.tokens_per_second("other") is None
+    assert [speed_score(rate) for rate in (1, 5, 300, 1000)] == [0, 0, 10, 10]
+    assert speed_score(50) < speed_score(100)
