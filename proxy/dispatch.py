@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from functools import cache
 from math import log
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -17,6 +18,7 @@ from proxy.naming import Prefer
 from proxy.prices import Prices
 from proxy.registry import Group, Model, Registry
 from proxy.router import Candidate, Health, Plan
+from proxy.rules import Weights
 
 Fields = Mapping[str, msgspec.Raw]
 
@@ -46,6 +48,14 @@ class Routed(msgspec.Struct, frozen=True):
     explains: bool
 
 
+class _Newest(NamedTuple):
+    """A registry, and what its settings come to."""
+
+    registry: Registry
+    judge: Judge
+    weights: Mapping[Prefer, Weights]
+
+
 class Dispatcher:
     """Finds the models for the requests of one worker."""
 
@@ -64,10 +74,10 @@ class Dispatcher:
         self._tokens_per_second = tokens_per_second
         self._now = now
         # All mutable state, by the names of models: tokens for each one of the estimate, and the speed with when it was
-        # looked up; of the newest registry, how prompts are judged.
+        # looked up; of the newest registry, how prompts are judged and models are weighed.
         self._tokens_each: dict[str, float] = {}
         self._speeds: dict[str, tuple[float, float | None]] = {}
-        self._judged: tuple[Registry | None, Judge | None] = (None, None)
+        self._newest: _Newest | None = None
 
     def __repr__(self) -> str:
         return f"<Dispatcher {self._tokens_each!r}>"
@@ -82,7 +92,7 @@ class Dispatcher:
     def consider(self, registry: Registry, target: Group | Model, asked: Inquiry) -> Routed:
         """Return what `route` goes by, also where nothing suits. Raises BadRequest."""
         said, explains = wishes.read(asked.fields, asked.headers, tasks.names(registry.tasks))
-        found = features.read(asked.path, asked.fields, said, self._judge(registry))
+        found = features.read(asked.path, asked.fields, said, self._of(registry).judge)
         members = target.members if isinstance(target, Group) else (target.name,)
         may = [name for name in members if _may(asked, name)]
         made = self._plan(registry, may, target.prefer if isinstance(target, Group) else None, found, asked.fields)
@@ -106,10 +116,8 @@ class Dispatcher:
                 refusals[policy] = self._refusal(fields, policy)
         now = self._endpoints.clock()
         candidates = [self._candidate(registry.models[name], found, refusals, now) for name in names]
-        routing = registry.routing
-        return router.plan(
-            found, candidates, prefer, registry.rules, routing.weighing(), self._now(), routing.answer_tokens
-        )
+        weights, expected = self._of(registry).weights, registry.routing.answer_tokens
+        return router.plan(found, candidates, prefer, registry.rules, weights, self._now(), expected)
 
     def _refusal(self, fields: Fields, policy: forbidden.Policy) -> str | None:
         try:
@@ -148,12 +156,10 @@ class Dispatcher:
             known = self._speeds[model.name] = (now, None if rate is None else speed_score(rate))
         return known[1]
 
-    def _judge(self, registry: Registry) -> Judge:
-        of, judge = self._judged
-        if judge is None or of is not registry:
-            judge = _judge_of(registry)
-            self._judged = (registry, judge)
-        return judge
+    def _of(self, registry: Registry) -> "_Newest":
+        if self._newest is None or self._newest.registry is not registry:
+            self._newest = _Newest(registry, _judge(registry), registry.routing.weighing())
+        return self._newest
 
     def learn(self, estimate: float, model: str, tokens_in: int) -> None:
         """A model has read a prompt of so many tokens, which was estimated before."""
@@ -174,7 +180,7 @@ def _may(asked: Inquiry, model: str) -> bool:
     return asked.only is None or model in asked.only or asked.name in asked.only
 
 
-def _judge_of(registry: Registry) -> Judge:
+def _judge(registry: Registry) -> Judge:
     routing = registry.routing
     model = _complexity_model(routing.complexity_model)
     threshold = model.coefficients.threshold
