@@ -82,7 +82,8 @@ class Chat:
         exchange.model = model.name
         if envelope.stream and (options := asked.envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
-        reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        chosen = not isinstance(target, Model)
+        reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
         if routed is not None and routed.explains:
             reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.chain)),)
         return reply

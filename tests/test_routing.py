@@ -13,7 +13,7 @@ import pytest
 
 from proxy import complexity
 from proxy.capabilities import Capabilities
-from proxy.config import ApiKey, BreakerSettings, Config, EndpointSettings, ModelSettings, Server
+from proxy.config import ApiKey, BreakerSettings, Config, EndpointSettings, ModelSettings, Secret, Server
 from proxy.cost import Hosting, Price
 from proxy.dispatch import speed_score
 from proxy.metrics import Metrics
@@ -45,7 +45,9 @@ def play(name: str) -> Play:
     return [ok(document(f"{name} says"), JSON)]
 
 
-def tell(story: Story, plays: dict[str, Play] | None = None, **settings: Any) -> None:
+def tell(
+    story: Story, plays: dict[str, Play] | None = None, more: dict[str, ModelSettings] | None = None, **settings: Any
+) -> None:
     """Tell a story of three models, each of which says its name unless it plays something else."""
 
     async def run() -> None:
@@ -59,7 +61,7 @@ def tell(story: Story, plays: dict[str, Play] | None = None, **settings: Any) ->
                 )
                 for name, up in found.items()
             }  # fmt: skip
-            config = Config(**{"models": models, "aliases": ALIASES, **settings})
+            config = Config(**{"models": {**models, **(more or {})}, "aliases": ALIASES, **settings})
             await story(await stack.enter_async_context(proxying(config)), found)
 
     asyncio.run(asyncio.wait_for(run(), 30))
@@ -158,6 +160,19 @@ def test_when_the_first_model_fails_the_next_of_the_plan_answers_then_those_of_t
         assert (await explained(proxy, model="fast", **body))["fallbacks"][-1] == "large"
 
     tell(story, {"small": FAILS, "middle": FAILS}, fallbacks={"task:creative": ("small", "large")})
+
+
+def test_a_model_whose_api_has_not_the_path_is_passed_over() -> None:
+    async def story(proxy: Proxy, upstreams: Upstreams) -> None:
+        body = {"model": "any", "input": "hi"}
+        answer = await proxy.client.post("/v1/embeddings", json=body)
+        assert answer.headers["x-polyvox-model"] == "middle"
+
+    claude = ModelSettings(
+        endpoints=(EndpointSettings(base_url="http://127.0.0.1:9", provider="anthropic", api_key=Secret("k")),)
+    )
+    aliases = {"any": AliasSettings(any_of=("claude", "middle"), prefer="order")}
+    tell(story, more={"claude": claude}, aliases=aliases)
 
 
 def test_a_chain_does_not_lead_to_a_model_that_misses_a_requirement() -> None:
