@@ -165,7 +165,12 @@ class _Route(click.Group):
         return super().resolve_command(ctx, args if known else ["explain", *args])
 
 
-@main.group(cls=_Route, invoke_without_command=True, subcommand_metavar="[PROMPT | fit LABELS]")
+@main.group(
+    cls=_Route,
+    invoke_without_command=True,
+    subcommand_metavar="[PROMPT | fit LABELS]",
+    context_settings={"ignore_unknown_options": True},  # those of PROMPT may stand before it
+)
 @click.option(
     "--score", metavar="PROMPTS", help="Print the complexity, 0 to 1, of each prompt of this file; - for stdin."
 )
@@ -188,7 +193,7 @@ def route(context: click.Context, score: str | None, model: str | None) -> None:
     _finish(lambda: scoring.print_scores(score, Path(model) if model else None))
 
 
-@route.command("explain", hidden=True)
+@route.command("explain")
 @click.argument("prompt")
 @click.option("--model", help="The name to ask for [default: auto].")
 @click.option("--task", help="The task, instead of the one that is read from the prompt.")

@@ -89,7 +89,7 @@ class Plan(msgspec.Struct, frozen=True):
         if not self.models:
             return f"{measured} {f.task}: nothing can serve it"
         if len(self.options) == 1:
-            return f"{measured} {f.task}: it was asked for by name"
+            return f"{measured} {f.task}: there is no other to choose from"
         budget = "" if f.budget_limit is None else f" within {f.budget_limit:g} USD"
         return f"{measured} {f.task}{budget}: {_AIMS[self.prefer]}" + (f", {self.wanted}" if self.wanted else "")
 

@@ -80,7 +80,10 @@ def test_the_command_explains_a_decision_of_the_running_server(route: Run) -> No
         assert part in done.stdout
 
 
-@pytest.mark.parametrize("words", [("--model", "auto:best", "hi"), ("hi", "--model", "auto:best")])
+@pytest.mark.parametrize(
+    "words",
+    [("--model", "auto:best", "hi"), ("hi", "--model", "auto:best"), ("--task", "code", "--model", "auto:best", "hi")],
+)
 def test_the_command_asks_for_a_name(route: Run, words: tuple[str, ...]) -> None:
     done = route(*words, "--json")
     assert done.returncode == 0, done.stderr
