@@ -77,7 +77,7 @@ class Chat:
                 chain = tuple(name for name in chain if name in request.models)
         else:
             routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
-            asked, model, chain = _without_wishes(asked), registry.models[routed.plan.models[0]], routed.chain
+            asked, model, chain = _without_wishes(asked), registry.models[routed.models[0]], routed.models[1:]
             exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
         exchange.model = model.name
         if envelope.stream and (options := asked.envelope.fields.get("stream_options")):
@@ -85,7 +85,7 @@ class Chat:
         chosen = not isinstance(target, Model)
         reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
         if routed is not None and routed.explains:
-            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.chain)),)
+            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.models)),)
         return reply
 
     def explain(self, request: Incoming) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Chat:
             fields = presets.applied(target, path, dict(envelope.fields))
             envelope, target = msgspec.structs.replace(envelope, fields=fields), target.of
         routed = self._dispatcher.consider(registry, target, _inquiry(path, envelope, request))
-        return explanation.full(routed.plan, routed.chain, envelope.model)
+        return explanation.full(routed.plan, routed.models, envelope.model)
 
 
 def _inquiry(path: str, envelope: wire.Envelope, request: Incoming) -> Inquiry:

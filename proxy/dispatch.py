@@ -41,10 +41,13 @@ class Inquiry(msgspec.Struct, frozen=True):
 
 
 class Routed(msgspec.Struct, frozen=True):
-    """Where a request goes: to a model, and after it to those of a chain. explains: the client wants to know why."""
+    """Where a request goes: to the models of a plan, and after them to those of its chains that suit it as well.
+
+    explains: the client wants to know why.
+    """
 
     plan: Plan
-    chain: tuple[str, ...]
+    models: tuple[str, ...]
     explains: bool
 
 
@@ -85,7 +88,7 @@ class Dispatcher:
     def route(self, registry: Registry, target: Group | Model, asked: Inquiry) -> Routed:
         """Return where a request goes. Raises NothingSuits, or BadRequest for wishes that are none."""
         routed = self.consider(registry, target, asked)
-        if not routed.plan.models:
+        if not routed.models:
             raise NothingSuits(asked.name, routed.plan.failures)
         return routed
 
@@ -96,11 +99,9 @@ class Dispatcher:
         members = target.members if isinstance(target, Group) else (target.name,)
         may = [name for name in members if _may(asked, name)]
         made = self._plan(registry, may, target.prefer if isinstance(target, Group) else None, found, asked.fields)
-        if not made.models:
-            return Routed(made, (), explains)
         after = [name for name in self._chain(registry, asked, found) if name not in members and _may(asked, name)]
         suits = self._plan(registry, after, "order", found, asked.fields).models if after else []
-        return Routed(made, (*made.models[1:], *suits), explains)
+        return Routed(made, (*made.models, *suits), explains)
 
     def _chain(self, registry: Registry, asked: Inquiry, found: Features) -> dict[str, None]:
         """Return those who stand in for the name that was asked for, and after them those for its task, each once."""

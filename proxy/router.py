@@ -87,7 +87,7 @@ class Plan(msgspec.Struct, frozen=True):
         f = self.features
         measured = f.level if f.complexity is None else f"{f.level} ({f.complexity:.2f})"
         if not self.models:
-            return f"{measured} {f.task}: nothing can serve it"
+            return f"{measured} {f.task}: none of the candidates can serve it"
         if len(self.options) == 1:
             return f"{measured} {f.task}: there is no other to choose from"
         budget = "" if f.budget_limit is None else f" within {f.budget_limit:g} USD"

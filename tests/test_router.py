@@ -181,7 +181,7 @@ def test_nothing_that_suits_is_a_plan_without_models():
     made = plan(Features(region="mars"))
     assert made.models == []
     assert len(made.failures) == 3
-    assert "nothing can serve it" in made.reason
+    assert "none of the candidates can serve it" in made.reason
 
 
 # Properties

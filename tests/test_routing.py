@@ -162,6 +162,16 @@ def test_when_the_first_model_fails_the_next_of_the_plan_answers_then_those_of_t
     tell(story, {"small": FAILS, "middle": FAILS}, fallbacks={"task:creative": ("small", "large")})
 
 
+def test_where_no_model_of_a_group_suits_its_chain_may() -> None:
+    async def story(proxy: Proxy, upstreams: Upstreams) -> None:
+        answer = await proxy.ask("fast", routing={"requirements": {"region": "us"}})
+        assert answer.headers["x-polyvox-model"] == "large"
+        why = await explained(proxy, model="fast", prompt="hi", routing={"requirements": {"region": "us"}})
+        assert (why["model"], why["fallbacks"]) == ("large", [])
+
+    tell(story, fallbacks={"fast": ("large",)})
+
+
 def test_a_model_whose_api_has_not_the_path_is_passed_over() -> None:
     async def story(proxy: Proxy, upstreams: Upstreams) -> None:
         body = {"model": "any", "input": "hi"}
