@@ -58,7 +58,7 @@ def parse(asked: Mapping[str, str], model_called: Callable[[str], str]) -> Purge
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What the caches of all workers hold and have done. hit_rate: of requests that asked them, joined ones included."""
+    """What the caches of all workers hold and have done. hit_rate: of requests that looked, with those that joined."""
 
     entries: int
     bytes: int
@@ -109,7 +109,9 @@ class Bulletin:
         sums = [sum(column) for column in zip(*self._each(), strict=True)]
         held, (hit, miss, bypass, joined) = sums[:4], sums[4 : 4 + len(CACHE_RESULTS)]
         asked = hit + joined + miss
-        return Report(*held, hit, miss, bypass, joined, (hit + joined) / asked if asked else None)
+        entries, size, stored, evicted = held
+        rate = (hit + joined) / asked if asked else None
+        return Report(entries, size, stored, evicted, hit, miss, bypass, joined, rate)
 
     def _each(self) -> list[tuple[int, ...]]:
         return [_ROW.unpack_from(self._memory, self._rows + i * _ROW.size) for i in range(self._workers)]
