@@ -12,7 +12,7 @@ import msgspec
 from proxy import accounting, sse
 from proxy.accounting import NoAccount, StreamAccount, Tally, Usage
 from proxy.cache import Claim, Entry, Stats, Store, key, replay
-from proxy.cache.bulletin import Bulletin, Purge, Report
+from proxy.cache.bulletin import ALL, Bulletin, Purge, Report
 from proxy.cache.flight import Flight
 from proxy.cache.settings import CacheRule, CacheSettings, size
 from proxy.cache.wish import Wish
@@ -129,7 +129,7 @@ class Cached:
                 return reply
         return await self._lead(wanted)  # 4
 
-    async def purge(self, purge: Purge) -> int:
+    async def purge(self, purge: Purge = ALL) -> int:
         """Have all workers forget answers, those that are being made included; return how many were kept.
 
         Raises StoreUnavailable where they are kept elsewhere, and that does not answer.

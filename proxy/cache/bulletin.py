@@ -36,6 +36,7 @@ class Purge(msgspec.Struct, frozen=True):
     prefix: bytes = b""
 
 
+ALL = Purge()
 _HEX = re.compile(f"([0-9a-f]{{2}}){{0,{KEY_BYTES}}}").fullmatch
 
 
@@ -139,7 +140,7 @@ class Bulletin:
         """Return the purges that this worker has not applied."""
         count = self._counted[0]
         if count - self.applied > _ROOM:
-            return [Purge()]
+            return [ALL]
         return [self._purge(number) for number in range(self.applied, count)]
 
     def _purge(self, number: int) -> Purge:
