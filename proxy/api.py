@@ -231,6 +231,8 @@ class Api:
         )
 
     def _card(self, registry: Registry, name: str) -> dict[str, Any]:
+        if name in registry.ensembles:
+            return self._card_of_ensemble(registry, name)
         model: Model = registry.resolve(name)
         return {
             "id": name,
@@ -241,6 +243,22 @@ class Api:
             "parent": None,
             "max_model_len": model.context_length,
             "state": model.state,
+        }
+
+    def _card_of_ensemble(self, registry: Registry, name: str) -> dict[str, Any]:
+        """What its members have in common: as long a context as the shortest of them, and whether enough are ready."""
+        members = [registry.resolve(member) for member in registry.ensembles[name].members]
+        enough = sum(bool(model.ready()) for model in members) >= registry.ensembles[name].quorum
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "polyvox",
+            "root": name,
+            "parent": None,
+            "max_model_len": min((m.context_length for m in members if m.context_length), default=None),
+            "state": "ready" if enough else "starting",
+            "members": [*registry.ensembles[name].members],
         }
 
 

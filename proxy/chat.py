@@ -4,6 +4,7 @@ import msgspec
 
 from proxy import accounting, forbidden, limits, wire
 from proxy.deadline import Deadline
+from proxy.ensemble import Ensemble
 from proxy.fallback import Walk
 from proxy.providers import Asked
 from proxy.relay import Exchange
@@ -42,20 +43,24 @@ class Chat:
         """Answer one request. Whatever is taken for it is given back when the exchange is closed.
 
         1. Read the few fields that decide where it goes.
-        2. Find the model behind the name, refuse what it may not be asked.
+        2. Find the model behind the name, refuse what it may not be asked. Behind an ensemble's there are several.
         3. Walk from endpoint to endpoint until one answers, under the name that was asked for.
         """
         kind = content_type(request.headers) if request.path in _FORMS else b""
         form = kind.lower().startswith(b"multipart/form-data")
         envelope = wire.read_form(request.body, kind) if form else wire.read_json(request.body)
         registry = self._ways.live.current
-        model = registry.resolve(envelope.model)
+        ensemble = registry.ensembles.get(envelope.model)
+        model = None if ensemble else registry.resolve(envelope.model)
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
-        forbidden.check(envelope.fields, model.policy, self._ways.limits)
-        exchange.model, exchange.alias = model.name, envelope.model
+        if model:
+            forbidden.check(envelope.fields, model.policy, self._ways.limits)
+        exchange.model, exchange.alias = model.name if model else envelope.model, envelope.model
         asked = _asked(request, envelope, form=form)
         if envelope.stream and (options := envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
+        if ensemble:
+            return await Ensemble(self._ways, ensemble, asked, exchange, request.deadline).answer()
         chain = registry.chains.get(envelope.model, ())
         return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
 

@@ -19,6 +19,8 @@ from msgspec import Meta
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import media
 from proxy.cost import Hosting, Price
+from proxy.ensembles import settings as ensemble_settings
+from proxy.ensembles.settings import EnsembleSettings
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
 from proxy.limits import Limits
@@ -194,7 +196,8 @@ TASK = "task:"  # what a key of `fallbacks` begins with that stands for a kind o
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole configuration.
 
-    fallbacks: for a model, an alias or `task:NAME`, the models that answer when it cannot, in their order.
+    fallbacks: for a model, an alias or `task:NAME`, the models that answer when it cannot, in their order. ensembles:
+    names of models that answer together.
     """
 
     server: Server = Server()
@@ -203,6 +206,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aliases: dict[str, str] = {}
     fallbacks: dict[str, tuple[str, ...]] = {}
     ledger: LedgerSettings | bool = LedgerSettings()
+    ensembles: dict[str, EnsembleSettings] = {}
 
     def ledger_settings(self) -> LedgerSettings | None:
         """Return where the ledger is kept, None for `ledger: off`."""
@@ -368,6 +372,7 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
         aliases: dict[str, Any] = {}
         ledger: dict[str, Any] = {}
         fallbacks: dict[str, Any] = {}
+        ensembles: dict[str, Any] = {}
 
     for name in environ:
         section = name.removeprefix("POLYVOX_").split("__")[0].lower()
@@ -423,6 +428,10 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
             name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
             for name, chain in _section(data, "fallbacks", source)
         },
+        ensembles={
+            name: _convert(ensemble or {}, EnsembleSettings, ("ensembles", name), source)
+            for name, ensemble in _section(data, "ensembles", source)
+        },
     )
 
 
@@ -467,8 +476,13 @@ def _located(error: msgspec.ValidationError, kind: type, path: tuple[str | int, 
         return source.error((*path, *inner, unknown[1]), _unknown(unknown[1], _fields_at(kind, inner)))
     invalid = re.match(r"Invalid enum value (.*)", match["what"])
     if invalid:
-        return source.error((*path, *inner), f"{invalid[1]} is none of {', '.join(_literals_at(kind, inner))}")
+        return source.error((*path, *inner), _none_of(invalid[1], _literals_at(kind, inner)))
     return source.error((*path, *inner), match["what"][0].lower() + match["what"][1:])
+
+
+def _none_of(value: str, allowed: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value.strip("'"), allowed, n=1)
+    return f"{value} is none of {', '.join(allowed)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
@@ -515,6 +529,8 @@ def _check(config: Config, source: _Source) -> None:
     for name, chain in config.fallbacks.items():
         _check_chain(name, chain, config, source)
     _check_loops(config, source)
+    for name in config.ensembles:
+        _check_ensemble(name, config, source)
 
 
 def _check_server(server: Server, source: _Source) -> None:
@@ -646,6 +662,12 @@ def _check_chain(name: str, chain: tuple[str, ...], config: Config, source: _Sou
         if model in seen:
             raise source.error((*path, i), f"the chain loops: {step!r} is in it twice")
         seen.add(model)
+
+
+def _check_ensemble(name: str, config: Config, source: _Source) -> None:
+    askable = (*config.models, *config.aliases)
+    for path, message in ensemble_settings.faults(name, config.ensembles, askable):
+        raise source.error(("ensembles", *path), message)
 
 
 def _check_loops(config: Config, source: _Source) -> None:

@@ -18,6 +18,7 @@ from proxy.config import (
     Server,
     Timeouts,
 )
+from proxy.ensembles.settings import EnsembleSettings
 from proxy.errors import UnknownModel
 from proxy.forbidden import Policy
 
@@ -82,11 +83,13 @@ class Registry(msgspec.Struct, frozen=True):
     """All models and aliases at one moment.
 
     chains: for each name that can be asked for, and for each `task:NAME`, the models that answer when it cannot.
+    ensembles: names of models that answer together.
     """
 
     models: dict[str, Model]
     aliases: dict[str, str]
     chains: dict[str, tuple[str, ...]] = {}
+    ensembles: dict[str, EnsembleSettings] = {}
 
     def resolve(self, name: str) -> Model:
         """Return the model that a name or alias stands for. Raises UnknownModel with close matches."""
@@ -101,8 +104,8 @@ class Registry(msgspec.Struct, frozen=True):
         return next((e for e in found.ready() if e.name == name), None) if found else None
 
     def names(self) -> list[str]:
-        """Return every name that can be asked for: models first, then aliases."""
-        return [*self.models, *self.aliases]
+        """Return every name that can be asked for: models first, then aliases, then ensembles."""
+        return [*self.models, *self.aliases, *self.ensembles]
 
 
 _BEST_FIRST: tuple[State, ...] = ("ready", "starting", "draining", "failed", "stopped")
@@ -118,7 +121,7 @@ def build(config: Config, fleet: FleetStatus) -> Registry:
         name: _local(name, model, engines[name], config.server) if model.engine else _remote(name, model)
         for name, model in config.models.items()
     }
-    return Registry(models=models, aliases=config.aliases, chains=_chains(config))
+    return Registry(models=models, aliases=config.aliases, chains=_chains(config), ensembles=config.ensembles)
 
 
 def _chains(config: Config) -> dict[str, tuple[str, ...]]:

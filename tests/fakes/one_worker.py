@@ -16,6 +16,7 @@ from proxy.chat import Chat
 from proxy.config import Config
 from proxy.endpoints import Endpoints
 from proxy.metrics import Metrics
+from proxy.prices import Prices
 from proxy.probe import LiveRegistry
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
@@ -42,7 +43,7 @@ class Proxy:
         admission = make_admission(config, self.balancer, self.metrics)
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
-        self.app = build_app(Api(Chat(ways), self.live, self.metrics, config.server), [], [])
+        self.app = build_app(Api(Chat(ways), self.live, self.metrics, server, Prices(config)), [], [])
         self.client = httpx2.AsyncClient()
         self.port = 0
 
