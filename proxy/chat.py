@@ -5,6 +5,7 @@ import msgspec
 from proxy import accounting, forbidden, limits, wire
 from proxy.deadline import Deadline
 from proxy.ensemble import Ensemble
+from proxy.ensembles.settings import EnsembleSettings
 from proxy.fallback import Walk
 from proxy.providers import Asked
 from proxy.relay import Exchange
@@ -50,19 +51,19 @@ class Chat:
         form = kind.lower().startswith(b"multipart/form-data")
         envelope = wire.read_form(request.body, kind) if form else wire.read_json(request.body)
         registry = self._ways.live.current
-        ensemble = registry.ensembles.get(envelope.model)
-        model = None if ensemble else registry.resolve(envelope.model)
+        behind = registry.ensembles.get(envelope.model) or registry.resolve(envelope.model)
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
-        if model:
-            forbidden.check(envelope.fields, model.policy, self._ways.limits)
-        exchange.model, exchange.alias = model.name if model else envelope.model, envelope.model
+        exchange.alias = envelope.model
         asked = _asked(request, envelope, form=form)
         if envelope.stream and (options := envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
-        if ensemble:
-            return await Ensemble(self._ways, ensemble, asked, exchange, request.deadline).answer()
+        if isinstance(behind, EnsembleSettings):
+            exchange.model = envelope.model
+            return await Ensemble(self._ways, behind, asked, exchange, request.deadline).answer()
+        forbidden.check(envelope.fields, behind.policy, self._ways.limits)
+        exchange.model = behind.name
         chain = registry.chains.get(envelope.model, ())
-        return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        return await Walk(self._ways, asked, behind, chain, exchange, request.deadline).answer()
 
 
 def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:

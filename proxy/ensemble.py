@@ -47,8 +47,8 @@ class Ensemble:
     """One request for an ensemble."""
 
     def __init__(
-        self, ways: Ways, settings: EnsembleSettings, asked: Asked, exchange: Exchange, deadline: Deadline | None = None,
-        order: Shuffled = shuffled,
+        self, ways: Ways, settings: EnsembleSettings, asked: Asked, exchange: Exchange,
+        deadline: Deadline | None = None, order: Shuffled = shuffled,
     ) -> None:  # fmt: skip
         """order: in which a judge sees the answers."""
         self._ways = ways
@@ -137,7 +137,9 @@ class Ensemble:
             case "vote":
                 return (vote.combine_objects(answers) if self._wants_json() else None) or vote.combine(answers)
             case "confidence":
-                return confidence.combine(answers) or self._agreed(answers, "No member tells how sure it is (logprobs).")
+                return confidence.combine(answers) or self._agreed(
+                    answers, "No member tells how sure it is (logprobs)."
+                )
             case "judge":
                 return await self._judged(answers)
             case "fuse":

@@ -27,8 +27,9 @@ class Exchange:
 
     __slots__ = (
         "_account", "_answer", "_begun", "_breaker", "_broken", "_clock", "_closed", "_error", "_first", "_lease",
-        "_mark", "_overhead", "_parts", "_prices", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_usd", "_whole",
-        "alias", "attempts", "endpoint", "key_id", "level", "model", "operation", "request_id", "resumed", "shows_cost",
+        "_mark", "_overhead", "_parts", "_prices", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_usd",
+        "_whole", "alias", "attempts", "endpoint", "key_id", "level", "model", "operation", "request_id", "resumed",
+        "shows_cost",
     )  # fmt: skip
 
     def __init__(

@@ -92,8 +92,9 @@ class Answer(msgspec.Struct, frozen=True):
 class Verdict(msgspec.Struct, frozen=True):
     """What a strategy makes of the answers.
 
-    chosen: the index of the answer it is, None where one was written anew. scores: of each answer, by which it was chosen; None where it has none.
-    details: what else there is to tell. content: another text in the place of the answer's, None for its own.
+    chosen: the index of the answer it is, None where one was written anew. scores: of each answer, by which it was
+    chosen; None where it has none. details: what else there is to tell. content: another text in the place of the
+    answer's, None for its own.
     """
 
     chosen: int | None

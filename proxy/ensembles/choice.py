@@ -3,11 +3,11 @@
 import re
 
 _THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.])\d{1,3}(?![\w]|\.\d)")
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_.])\d{1,3}(?![A-Za-z0-9_]|\.\d)")
 _ALONE = re.compile(r"[^\w]*(?:answer|number|ответ|номер|回答)?[^\w]*(\d{1,3})[^\w]*", re.IGNORECASE)
 _SAID = re.compile(
     r"(?:\b(?:best|choice|choose|chosen|pick|winner|verdict|select(?:ed)?|final)\b|лучш\w*|выбира\w*|выбор\w*|最も|最良|選)"
-    r"[^\d\n]{0,40}?(\d{1,3})(?![\w]|\.\d)",
+    r"[^\d\n]{0,40}?(\d{1,3})(?![A-Za-z0-9_]|\.\d)",
     re.IGNORECASE,
 )
 

@@ -17,8 +17,8 @@ class EnsembleSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     members: models, aliases or groups, each with its weight; a name that is asked twice needs two aliases. strategy:
     how one answer is made of theirs. quorum: answers that there must be. timeout: seconds that the members have, and
-    then once more whoever judges, or writes up to the first token. judge: who picks, for the strategy judge. writer: who
-    writes, for the strategy fuse. Neither judge nor writer has to be a member.
+    then once more whoever judges, or writes up to the first token. judge: who picks, for the strategy judge. writer:
+    who writes, for the strategy fuse. Neither judge nor writer has to be a member.
     """
 
     members: dict[str, float]

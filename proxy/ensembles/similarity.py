@@ -12,12 +12,16 @@ The index of Jaccard over sets, as "token-set similarity" means it. What a term 
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 from proxy.ensembles.answers import Answer
 from proxy.ensembles.spelling import folded, numbers, stem
 
 Terms = frozenset[str]
 
+_IDLE_WORDS = Path(__file__).parent.parent / "data/idle_words.txt"
 _LONGEST = 16_000  # characters of an answer that are compared: of a longer one, both ends
 
 _DENSE = (  # scripts without spaces between words: Thai to Khmer, Hangul, kana, Han
@@ -68,23 +72,21 @@ def words(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in _WORD.findall(_prose(_ends(text))):
         for told in _NOUNS.findall(word) if _IS_DENSE(word) else [word]:
-            if len(told) > 1 and told not in _IDLE and (_IS_DENSE(told) or (len(told) > 2 and told[0].isalpha())):
+            if len(told) > 1 and told not in _idle() and (_IS_DENSE(told) or (len(told) > 2 and told[0].isalpha())):
                 found.setdefault(stem(told), told)
     return found
 
 
 # Of Japanese, what is written in Han characters or katakana; of the other dense scripts, runs.
-_NOUNS = re.compile(r"[\u30a0-\u30ff]{2,}|[\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff]{2,}|[\uac00-\ud7af\u0e00-\u0eff]{2,}")
-_IDLE = frozenset(
-    "the and for are but not you all any can had her was one our out has him his how its may who did yes she use that "
-    "with have this will your from they been more when what were which their would there could other than then them "
-    "these some such into only also very just about over because while where should each does most both being after "
-    "before through between during here it's don't "
-    "это как так что его она они мне вам нас вас для при или все был была было были быть если уже еще нет да ведь чтобы "
-    "который которая которое которые которых которой также может можно нужно надо только когда где этот эта эти этого "
-    "этой того тот та те из-за под над без про между потому поэтому через после перед более менее очень есть себя свой "
-    "свои".split()
+_NOUNS = re.compile(
+    r"[\u30a0-\u30ff]{2,}|[\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff]{2,}|[\uac00-\ud7af\u0e00-\u0eff]{2,}"
 )
+
+
+@cache
+def _idle() -> frozenset[str]:
+    lines = _IDLE_WORDS.read_text(encoding="utf-8").splitlines()
+    return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
 
 
 def _mean(values: list[float]) -> float:
@@ -127,4 +129,4 @@ def _of_prose(text: str) -> Iterator[str]:
 def _of_code(text: str) -> Iterator[str]:
     tokens = _TOKEN.findall(text)
     yield from tokens
-    yield from (f"{one} {next_}" for one, next_ in zip(tokens, tokens[1:], strict=False))
+    yield from (f"{one} {other}" for one, other in pairwise(tokens))

@@ -34,9 +34,10 @@ def numbers(text: str) -> str:
 # Russian language" (2009): inflection goes, derivation stays.
 _RUSSIAN = re.compile(
     r"(?<=[а-я]{3})(?:иями|ями|ами|ыми|ими|ых|их|ого|его|ому|ему|ете|ите|ешь|ишь|ала|ила|ели|али|или|ало|ило|ует|уют|ают|яют|ает|"
-    r"яет|ится|ется|ятся|ются|ать|ять|ить|еть|ый|ий|ой|ая|яя|ое|ее|ые|ие|ую|юю|ым|им|ом|ем|ах|ях|ов|ев|ей|ам|ям|ию|ия|ью|"
+    r"яет|ать|ять|ить|еть|ый|ий|ой|ая|яя|ое|ее|ые|ие|ую|юю|ым|им|ом|ем|ах|ях|ов|ев|ей|ам|ям|ию|ия|ью|"
     r"ат|ят|ит|ет|ут|ют|ал|ил|ел|а|я|о|е|у|ю|ы|и|ь|й)$"
 )
+_REFLEXIVE = re.compile(r"(?<=[а-я]{4})с[ья]$")
 # The S-stemmer of Harman, "How effective is suffixing?" (1991).
 _ENGLISH = re.compile(r"(?<=[a-z]{3})(?:(?<![ae])ies|(?<![aeo])es|(?<![us'])s)$")
 
@@ -45,7 +46,7 @@ def stem(word: str) -> str:
     """Return what the inflections of a folded word have in common, roughly. Words of other scripts stay."""
     word = word.removesuffix("'s")
     if "а" <= word[-1:] <= "я":
-        return _RUSSIAN.sub("", word)
+        return _RUSSIAN.sub("", _REFLEXIVE.sub("", word))
     return _ENGLISH.sub(lambda match: {"ies": "y", "es": "e"}.get(match[0], ""), word)
 
 
@@ -59,6 +60,7 @@ _MARKUP = re.compile(r"[*_`$]+|\\[()\[\]]")
 _POLITE = re.compile(r"(?:です|である|だ|でした)$")
 # Punctuation goes, but for what belongs to a number or a name (C#, C++, 50%) or to what is written out (a/b).
 _SIGN_APART = re.compile(r"(?<![\w)])-\s+(?=[\d.])")
+_UNIT_APART = re.compile(r"(?<=\d)\s+(?=%)")
 _PUNCTUATION = re.compile(r"(?<!\d)\.|\.(?!\d)|(?<!\w)-(?!\d)|(?<=\w)-|[^\w\s.+#%/=<>&@-]")
 
 
@@ -68,6 +70,6 @@ def short_answer(text: str) -> str:
     boxed = _BOXED.findall(text)
     text = _MARKUP.sub("", boxed[-1] if boxed else text).strip()
     text = _POLITE.sub("", numbers(_LEAD.sub("", text, count=1)).rstrip("。.!！ "))
-    text = _SIGN_APART.sub("-", _ARTICLE.sub("", text))
+    text = _UNIT_APART.sub("", _SIGN_APART.sub("-", _ARTICLE.sub("", text)))
     plain = " ".join(_PUNCTUATION.sub(" ", text).split())
     return plain or text

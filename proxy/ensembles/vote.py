@@ -2,8 +2,8 @@
 
 Short answers are votes in one spelling. Answers in JSON are voted on field by field:
 
-1. The keys of an object: the set of them that has the most weight. Who has other keys has no vote on the values, so that
-   what is put together has a form that one of the answers has.
+1. The keys of an object: the set of them that has the most weight. Who has other keys has no vote on the values, so
+   that what is put together has a form that one of the answers has.
 2. Each value, by the same rules if all are objects; lists, texts and numbers as a whole.
 3. Where no two agree, the weightiest has it.
 """
@@ -38,12 +38,19 @@ def combine(answers: Sequence[Answer]) -> Verdict:
         weights[key] = weights.get(key, 0.0) + answer.weight
     scores = tuple(weights[key] for key in keys)
     votes = [
-        {"answer": key, "weight": weight, "members": sorted(a.member for a, k in zip(answers, keys, strict=True) if k == key)}
-        for key, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0]))
-    ]  # fmt: skip
+        {"answer": key, "weight": weights[key], "members": sorted(voters)}
+        for key, voters in sorted(_voters(answers, keys).items(), key=lambda item: (-weights[item[0]], item[0]))
+    ]
     chosen = best(answers, scores)
     share = round(scores[chosen] / sum(weights.values()), 6)
     return Verdict(chosen, scores, {"agreement_score": share, "votes": votes})
+
+
+def _voters(answers: Sequence[Answer], keys: Sequence[str]) -> dict[str, list[str]]:
+    voters: dict[str, list[str]] = {}
+    for answer, key in zip(answers, keys, strict=True):
+        voters.setdefault(key, []).append(answer.member)
+    return voters
 
 
 def combine_objects(answers: Sequence[Answer]) -> Verdict | None:
@@ -60,9 +67,7 @@ def combine_objects(answers: Sequence[Answer]) -> Verdict | None:
     scores = tuple(_agrees(objects[i], outcome) if i in objects else None for i in range(len(answers)))
     content = msgspec.json.encode(outcome).decode()
     agreement = sum(sorted(shares.values())) / len(shares) if shares else 1.0
-    return Verdict(
-        best(answers, scores), scores, {"agreement_score": round(agreement, 6), "fields": shares}, content
-    )
+    return Verdict(best(answers, scores), scores, {"agreement_score": round(agreement, 6), "fields": shares}, content)
 
 
 def _object(text: str) -> dict[str, Any] | None:
