@@ -13,6 +13,7 @@ from engines.weights import WeightsSourceError
 from proxy import config, providers
 from proxy.config import Loaded
 from proxy.console import print_table
+from proxy.ensembles.settings import EnsembleSettings
 from proxy.errors import ConfigError, ServeError
 
 
@@ -45,6 +46,14 @@ def _print_remote(loaded: Loaded) -> None:
     if loaded.config.aliases:
         click.echo("\nAliases")
         print_table(("ALIAS", "MODEL"), list(loaded.config.aliases.items()))
+    if ensembles := loaded.config.ensembles:
+        click.echo("\nEnsembles")
+        told = [(name, e.strategy, _members(e), f"{e.quorum} of {len(e.members)}") for name, e in ensembles.items()]
+        print_table(("ENSEMBLE", "STRATEGY", "MEMBERS", "QUORUM"), told)
+
+
+def _members(ensemble: EnsembleSettings) -> str:
+    return ", ".join(f"{name} x {weight:g}" for name, weight in ensemble.members.items())
 
 
 def _print_engines(loaded: Loaded, launcher: Launcher) -> None:

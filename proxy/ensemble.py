@@ -115,7 +115,7 @@ class Ensemble:
         return msgspec.structs.replace(self._asked, body=wire.encode(fields), envelope=envelope)
 
     def _ask(self, question: Question) -> Asking:
-        return Asking(self._ways, question, self._exchange.part(), self._deadline)
+        return Asking(self._ways, question, self._exchange.subrequest(), self._deadline)
 
     def _shows_logprobs(self) -> bool:
         return bytes(self._asked.envelope.fields.get("logprobs", b"null")) not in _OFF
@@ -242,10 +242,10 @@ class Ensemble:
             "chosen": None if verdict.chosen is None else answers[verdict.chosen].member,
             **({"fell_back": self._fell_back} if self._fell_back else {}),
             **verdict.details,
-            "answers": [_told(asking, scores.get(asking.question.name)) for asking in self._members],
+            "answers": [_of_member(asking, scores.get(asking.question.name)) for asking in self._members],
         }
         if self._helper:
-            details["judge" if self._settings.judge else "writer"] = _told(self._helper, None, text=False)
+            details["judge" if self._settings.judge else "writer"] = _told(self._helper)
         return Ending(self._name, details, usage, exchange.usd() if exchange.shows_cost else None)
 
 
@@ -259,21 +259,26 @@ def _in_vain(helper: Asking, otherwise: str = "") -> str:
     return f"{helper.question.name!r} was of no help: {why} So agreement decided."
 
 
-def _told(asking: Asking, score: float | None, *, text: bool = True) -> dict[str, object]:
-    """Return what the details say of one who was asked."""
-    question, exchange, answer = asking.question, asking.exchange, asking.answer
+def _told(asking: Asking) -> dict[str, object]:
+    """Return what the details say of anybody who was asked."""
+    exchange = asking.exchange
     told: dict[str, object] = {
-        "member": question.name,
         "model": exchange.model,
-        "weight": question.weight,
         "status": asking.condition,
         "seconds": round(asking.seconds, 3),
     }
     if asking.failure:
         return {**told, "error": asking.failure.message}
-    if asking.condition == "answered":
-        told |= {"usage": completion.tokens(exchange.usage), "cost": exchange.usd()}
-    if answer and text:
-        told |= {"answer": answer.text, "finish_reason": answer.finish_reason, "score": score}
-        told |= {"calls": answer.calls} if answer.calls else {}
-    return told
+    if asking.condition != "answered":
+        return told
+    return {**told, "usage": completion.tokens(exchange.usage), "cost": exchange.usd()}
+
+
+def _of_member(asking: Asking, score: float | None) -> dict[str, object]:
+    """Return what the details say of a member."""
+    question, answer = asking.question, asking.answer
+    told: dict[str, object] = {"member": question.name, "weight": question.weight, **_told(asking)}
+    if answer is None:
+        return told
+    told |= {"answer": answer.text, "finish_reason": answer.finish_reason, "score": score}
+    return {**told, "calls": answer.calls} if answer.calls else told

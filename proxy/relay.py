@@ -27,8 +27,8 @@ class Exchange:
 
     __slots__ = (
         "_account", "_answer", "_begun", "_breaker", "_broken", "_clock", "_closed", "_error", "_first", "_lease",
-        "_mark", "_overhead", "_parts", "_prices", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_usd",
-        "_whole", "alias", "attempts", "endpoint", "key_id", "level", "model", "operation", "request_id", "resumed",
+        "_mark", "_overhead", "_prices", "_sink", "_status", "_streamed", "_subrequests", "_ticket", "_under_way",
+        "_usd", "_whole", "alias", "attempts", "endpoint", "key_id", "level", "model", "operation", "request_id", "resumed",
         "shows_cost",
     )  # fmt: skip
 
@@ -75,20 +75,20 @@ class Exchange:
         self._answer: Answer | None = None
         self._account: Account | None = None
         # Requests that are made for this one:
-        self._parts: tuple[Exchange, ...] = ()
+        self._subrequests: tuple[Exchange, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Exchange {self.operation} {self.model} {self.endpoint or 'nowhere'} {self._account!r}>"
 
-    def part(self) -> "Exchange":
+    def subrequest(self) -> "Exchange":
         """Return the exchange of a request that is made for this one, and ends with it at the latest.
 
-        What is asked for in its name is counted there: it has a cost and usage of its own.
+        Tokens and cost are counted there, and here not again.
         """
-        part = Exchange(self._sink, self.operation, self._clock, self._prices, self.request_id)
-        part.key_id, part.alias = self.key_id, self.alias
-        self._parts += (part,)
-        return part
+        made = Exchange(self._sink, self.operation, self._clock, self._prices, self.request_id)
+        made.key_id, made.alias = self.key_id, self.alias
+        self._subrequests += (made,)
+        return made
 
     @property
     def usage(self) -> Usage | None:
@@ -169,14 +169,14 @@ class Exchange:
         Of a stream that went on elsewhere, the tokens of all its engines are in its usage, but that each engine has
         read the prompt is not.
         """
-        if self._parts:
+        if self._subrequests:
             return self._sum()
         if self._usd is None:
             self._usd = self._charge(self._account.tally.usage if self._account else None)
         return self._usd
 
     def _sum(self) -> float | None:
-        known = [part.usd() for part in self._parts if part._whole]
+        known = [made.usd() for made in self._subrequests if made._whole]
         return None if None in known else sum(usd or 0.0 for usd in known)
 
     def _charge(self, usage: Usage | None) -> float | None:
@@ -218,8 +218,8 @@ class Exchange:
         finally:
             if self._answer:
                 await self._answer.close()
-            for part in self._parts:
-                await part.close()
+            for made in self._subrequests:
+                await made.close()
 
     def _settle(self, outcome: Outcome, tokens_in: int = 0) -> None:
         lease, self._lease = self._lease, None

@@ -16,10 +16,9 @@ import msgspec
 from proxy.ensembles.answers import Answer, Verdict, best
 from proxy.ensembles.spelling import numbers, short_answer
 
-T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
-_canonical = msgspec.json.Encoder(order="deterministic").encode
 
 
 class _Ballot(NamedTuple):
@@ -32,25 +31,20 @@ class _Ballot(NamedTuple):
 
 def combine(answers: Sequence[Answer]) -> Verdict:
     """Vote on short answers and calls of tools."""
-    keys = [short_answer(a.text) + ("\n" + a.calls if a.calls else "") for a in answers]
-    weights: dict[str, float] = {}
-    for answer, key in sorted(zip(answers, keys, strict=True), key=lambda pair: pair[0].member):
-        weights[key] = weights.get(key, 0.0) + answer.weight
-    scores = tuple(weights[key] for key in keys)
+    ballots = [_Ballot(a.member, a.weight, _vote(a)) for a in answers]
+    groups = _groups(ballots, lambda value: value)
+    scores = tuple(_weight(groups[ballot.value]) for ballot in ballots)
     votes = [
-        {"answer": key, "weight": weights[key], "members": sorted(voters)}
-        for key, voters in sorted(_voters(answers, keys).items(), key=lambda item: (-weights[item[0]], item[0]))
+        {"answer": key, "weight": _weight(group), "members": sorted(ballot.member for ballot in group)}
+        for key, group in sorted(groups.items(), key=lambda item: (-_weight(item[1]), item[0]))
     ]
     chosen = best(answers, scores)
-    share = round(scores[chosen] / sum(weights.values()), 6)
+    share = round(scores[chosen] / _weight(ballots), 6)
     return Verdict(chosen, scores, {"agreement_score": share, "votes": votes})
 
 
-def _voters(answers: Sequence[Answer], keys: Sequence[str]) -> dict[str, list[str]]:
-    voters: dict[str, list[str]] = {}
-    for answer, key in zip(answers, keys, strict=True):
-        voters.setdefault(key, []).append(answer.member)
-    return voters
+def _vote(answer: Answer) -> str:
+    return "\n".join(filter(None, (short_answer(answer.text), answer.calls)))
 
 
 def combine_objects(answers: Sequence[Answer]) -> Verdict | None:
@@ -98,11 +92,17 @@ def _outcome(ballots: Sequence[_Ballot], path: str, shares: dict[str, float]) ->
 
 def _elect(ballots: Sequence[_Ballot], spelling: Callable[[Any], Hashable]) -> tuple[list[_Ballot], float]:
     """Return the ballots that say what has the most weight, the weightiest of them first, and their share of it."""
-    groups: dict[Hashable, list[_Ballot]] = {}
-    for ballot in sorted(ballots, key=lambda b: (-b.weight, b.member)):
-        groups.setdefault(spelling(ballot.value), []).append(ballot)
+    groups = _groups(ballots, spelling)
     most = max(groups.values(), key=_weight)  # of equals the first, which has the weightiest ballot
     return most, round(_weight(most) / _weight(ballots), 6)
+
+
+def _groups(ballots: Sequence[_Ballot], spelling: Callable[[Any], K]) -> dict[K, list[_Ballot]]:
+    """Return the ballots by what they say, the weightiest first."""
+    groups: dict[K, list[_Ballot]] = {}
+    for ballot in sorted(ballots, key=lambda b: (-b.weight, b.member)):
+        groups.setdefault(spelling(ballot.value), []).append(ballot)
+    return groups
 
 
 def _weight(ballots: Sequence[_Ballot]) -> float:
