@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import NamedTuple
 
 from litestar.types import ASGIApp
 
@@ -10,13 +11,15 @@ from proxy import gauging, market, providers, registry
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
+from proxy.capabilities import Folder
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
+from proxy.live import LiveRegistry, Sources, watch_findings, watch_fleet
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry, watch_fleet
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
@@ -25,20 +28,31 @@ from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
 
 
+class Places(NamedTuple):
+    """Where a worker finds what it shares: the supervisor's socket, and the folders of ledger and findings."""
+
+    control_socket: Path
+    ledger: Path
+    capabilities: Path
+
+
 class Worker:
     """What one worker process holds."""
 
-    def __init__(self, config: Config, control_socket: Path, metrics: Metrics, board: Board, ledger: Path) -> None:
-        """ledger: the folder of a server that keeps one."""
+    def __init__(self, config: Config, places: Places, metrics: Metrics, board: Board) -> None:
         providers.prepare(config)
         self._config = config
         self._metrics = metrics
         self._board = board
         self._balancer = make_balancer(config, board)
-        self._supervisor = LocalTransport(f"unix:{control_socket}")
-        self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
+        self._supervisor = LocalTransport(f"unix:{places.control_socket}")
+        self._found = Folder(places.capabilities)
+        self._found_at = self._found.changed()
+        parts = config, FleetStatus(version=0), self._found.read()
+        self._live = LiveRegistry(registry.build(*parts))
+        self._sources = Sources(self._live, *parts)
         self._prices = Prices(config, metrics.throughput)
-        self._books = make_books(config, ledger, self._prices)
+        self._books = make_books(config, places.ledger, self._prices)
         self._endpoints = Endpoints(metrics)
         self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
         # All mutable state: a transport for each address in use, and the tasks that go on beside the requests.
@@ -53,13 +67,16 @@ class Worker:
         server = self._config.server
         admission = make_admission(self._config, self._balancer, self._metrics)
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
-        api = Api(Chat(ways), self._live, self._metrics, server, self._prices, self._books)
+        rate = self._metrics.tokens_per_second
+        dispatcher = Dispatcher(self._endpoints, self._config.limits, self._prices, rate)
+        api = Api(Chat(ways, dispatcher), self._live, self._metrics, server, self._prices, self._books)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:
         if self._config.engines():
-            watching = watch_fleet(self._live, self._config, self._supervisor)
-            self._following.append(asyncio.create_task(watching))
+            self._following.append(asyncio.create_task(watch_fleet(self._sources, self._supervisor)))
+        found = watch_findings(self._sources, self._found, self._found_at)
+        self._following.append(asyncio.create_task(found))
         if names := self._board.mine():
             gauged = gauging.follow(names, self._live, self._transport_to, self._balancer)
             self._following.append(asyncio.create_task(gauged))

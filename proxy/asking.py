@@ -6,7 +6,6 @@ from typing import Literal
 
 import msgspec
 
-from proxy import forbidden
 from proxy.breaker import Outcome
 from proxy.deadline import Deadline
 from proxy.ensembles import answers
@@ -35,28 +34,46 @@ _LONGEST = 300  # characters of an upstream's words
 class Question(msgspec.Struct, frozen=True):
     """Who is asked, and what. weight: of the answer. plain: the same without what not every server takes, if it has it.
 
-    chain: the models that answer if this one cannot.
+    is_alone: nobody else is asked this, so that whoever stands in for the model may be.
     """
 
     name: str
-    model: Model
     asked: Asked
     weight: float = 1.0
     plain: Asked | None = None
+    is_alone: bool = False
+
+
+class Placed(msgspec.Struct, frozen=True):
+    """Where a question goes, and what it is there: with a preset put in, for one.
+
+    chain: the models that answer if this one cannot. alternatives: those of them that the name itself stands for, as a
+    group does. learn: told the model that answered and the tokens of its prompt.
+    """
+
+    asked: Asked
+    model: Model
     chain: Sequence[str] = ()
+    alternatives: Sequence[str] = ()
+    learn: Callable[[str, int], None] | None = None
+
+
+Place = Callable[[str, Asked], Placed]
 
 
 class Asking:
     """A question on its way. Whatever is taken for it is given back when it is over, also by cancellation."""
 
-    def __init__(self, ways: Ways, question: Question, exchange: Exchange, deadline: Deadline | None) -> None:
+    def __init__(
+        self, ways: Ways, question: Question, exchange: Exchange, place: Place, deadline: Deadline | None
+    ) -> None:
         """exchange: of this question alone."""
         self.question = question
         self.exchange = exchange
         self._ways = ways
+        self._place = place
         self._deadline = deadline
         self._begun = ways.endpoints.clock()
-        exchange.model = question.model.name
         # All mutable state: how it goes, what there is of an answer, why there is none, how long it took.
         self.condition: Condition = "asked"
         self.answer: Answer | None = None
@@ -138,9 +155,12 @@ class Asking:
         return reply
 
     async def _walk(self, asked: Asked) -> Reply:
-        model = self.question.model
-        forbidden.check(asked.envelope.fields, model.policy, self._ways.limits)
-        return await Walk(self._ways, asked, model, self.question.chain, self.exchange, self._deadline).answer()
+        placed = self._place(self.question.name, asked)
+        if self.question.plain and placed.model.capabilities.logprobs is False:
+            placed = self._place(self.question.name, self.question.plain)
+        chain = placed.chain if self.question.is_alone else placed.alternatives
+        self.exchange.model, self.exchange.on_prompt = placed.model.name, placed.learn
+        return await Walk(self._ways, placed.asked, placed.model, chain, self.exchange, self._deadline).answer()
 
     def _is_refused(self, reply: Reply) -> bool:
         """Say whether a reply is an error, and note it. It is the client's, whose words may be shown."""

@@ -14,7 +14,7 @@ import msgspec
 from proxy import accounting, wire
 from proxy import reply as replies
 from proxy.accounting import Account, NoAccount
-from proxy.asking import Asking, Question, ask
+from proxy.asking import Asking, Place, Question, ask
 from proxy.deadline import Deadline
 from proxy.ensembles import choice, completion, confidence, consensus, first, framing, vote
 from proxy.ensembles.answers import Answer, Verdict
@@ -43,18 +43,19 @@ def shuffled(count: int) -> Sequence[int]:
     return random.sample(range(count), count)
 
 
-class Ensemble:
+class FanOut:
     """One request for an ensemble."""
 
     def __init__(
-        self, ways: Ways, settings: EnsembleSettings, asked: Asked, exchange: Exchange,
+        self, ways: Ways, settings: EnsembleSettings, asked: Asked, exchange: Exchange, place: Place,
         deadline: Deadline | None = None, order: Shuffled = shuffled,
     ) -> None:  # fmt: skip
-        """order: in which a judge sees the answers."""
+        """place: finds the models behind a name. order: in which a judge sees the answers."""
         self._ways = ways
         self._settings = settings
         self._asked = asked
         self._exchange = exchange
+        self._place = place
         self._deadline = deadline
         self._order = order
         self._name = asked.envelope.model
@@ -64,7 +65,7 @@ class Ensemble:
         self._fell_back: str | None = None
 
     def __repr__(self) -> str:
-        return f"<Ensemble {self._name} {self._members!r} {self._helper!r}>"
+        return f"<FanOut {self._name} {self._members!r} {self._helper!r}>"
 
     async def answer(self) -> Reply:
         """Return the reply to the client. Raises QuorumNotMet, and BadRequest for what one answer of several is not."""
@@ -100,9 +101,8 @@ class Ensemble:
         more = None
         if self._settings.strategy == "confidence" and not self._shows_logprobs():
             more = self._with({**fields, "logprobs": _TRUE})
-        resolve = self._ways.live.current.resolve
         return [
-            Question(member, resolve(member), more or plain, weight, plain if more else None)
+            Question(member, more or plain, weight, plain if more else None)
             for member, weight in self._settings.members.items()
         ]
 
@@ -115,7 +115,7 @@ class Ensemble:
         return msgspec.structs.replace(self._asked, body=wire.encode(fields), envelope=envelope)
 
     def _ask(self, question: Question) -> Asking:
-        return Asking(self._ways, question, self._exchange.subrequest(), self._deadline)
+        return Asking(self._ways, question, self._exchange.subrequest(), self._place, self._deadline)
 
     def _shows_logprobs(self) -> bool:
         return bytes(self._asked.envelope.fields.get("logprobs", b"null")) not in _OFF
@@ -174,11 +174,9 @@ class Ensemble:
         return Verdict(None) if writer.answer else self._agreed(answers, _in_vain(writer))
 
     def _help(self, name: str | None, fields: Fields, *, stream: bool = False) -> Asking:
-        """Return the question to a judge or writer, who has a chain, as nobody else is asked."""
+        """Return the question to a judge or writer."""
         assert name, "the configuration has one for this strategy"
-        registry = self._ways.live.current
-        asked, chain = self._with(fields, stream=stream), registry.chains.get(name, ())
-        self._helper = self._ask(Question(name, registry.resolve(name), asked, chain=chain))
+        self._helper = self._ask(Question(name, self._with(fields, stream=stream), is_alone=True))
         return self._helper
 
     # The reply

@@ -165,7 +165,7 @@ class Workers:
         self._config = settings
         self._settings = config.encode(settings)
         self._control_socket = str(paths.control_socket)
-        self._ledger = str(paths.ledger)
+        self._folders = (str(paths.ledger), str(paths.capabilities))
         self._count = settings.server.workers
         self._console = console
         # All mutable state: the processes that run now, and whether they are meant to.
@@ -185,7 +185,7 @@ class Workers:
             async with asyncio.TaskGroup() as group:
                 for number in range(self._count):
                     group.create_task(self._keep_one(number))
-        except* ServeError as failures:
+        except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
     async def _keep_one(self, number: int) -> None:
@@ -202,7 +202,7 @@ class Workers:
 
     async def _run_one(self, number: int) -> int:
         shared = (self._fd, self._metrics_fd, self._board_fd)
-        orders = Orders(self._settings, self._control_socket, *shared, number, self._ledger)
+        orders = Orders(self._settings, self._control_socket, *shared, number, *self._folders)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=shared
         )

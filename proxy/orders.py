@@ -11,7 +11,7 @@ class Orders(msgspec.Struct, frozen=True):
     """config: as `config.encode` gives it, secrets included, which is why it goes by a pipe.
 
     worker: its number, from 0. metrics_fd: the memory that all workers count in. board_fd: that in which they see each
-    other's load. ledger: the folder of the ledger, for a server that keeps one.
+    other's load. ledger: the folder of the ledger, for a server that keeps one. capabilities: the folder of findings.
     """
 
     config: bytes
@@ -21,6 +21,7 @@ class Orders(msgspec.Struct, frozen=True):
     board_fd: int
     worker: int
     ledger: str
+    capabilities: str
 
     def frame(self) -> bytes:
         """Return the orders as `read` takes them: their size, then themselves."""

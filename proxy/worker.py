@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 
 from proxy import config, inbound
-from proxy.app import Worker, make_board
+from proxy.app import Places, Worker, make_board
 from proxy.metrics import Metrics
 from proxy.orders import Orders
 
@@ -38,7 +38,8 @@ def main() -> int:
     settings = config.decode(given.config)
     metrics = Metrics(settings, given.worker, given.metrics_fd)
     board = make_board(settings, given.worker, given.board_fd)
-    made = Worker(settings, Path(given.control_socket), metrics, board, Path(given.ledger))
+    places = Path(given.control_socket), Path(given.ledger), Path(given.capabilities)
+    made = Worker(settings, Places(*places), metrics, board)
     server = _Server(_uvicorn_config(made, settings))
     listening = socket.socket(fileno=given.listen_fd)
     uvloop.run(_serve(server, listening, settings.server))

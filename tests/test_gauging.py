@@ -11,7 +11,7 @@ from proxy.app import make_balancer, make_board
 from proxy.balancer import Balancer
 from proxy.config import Config, EndpointSettings, ModelSettings, Secret
 from proxy.errors import ConnectFailed
-from proxy.probe import LiveRegistry
+from proxy.live import LiveRegistry
 from proxy.registry import Endpoint, build
 
 CONFIG = Config(
