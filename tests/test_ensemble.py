@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from proxy.config import Config, EndpointSettings, ModelSettings, Timeouts
+from proxy.config import ApiKey, Config, EndpointSettings, ModelSettings, Server, Timeouts
 from proxy.cost import Price
 from proxy.ensembles.settings import EnsembleSettings
+from proxy.naming import AliasSettings
 from tests.fakes.one_worker import DONE, EVENTS, JSON, ROLE, Proxy, event, proxying, text_of
 from tests.fakes.scripted_upstream import Play, ScriptedUpstream, Step, eventually, ok, upstream
 
@@ -475,5 +476,133 @@ def test_the_list_of_models_has_ensembles():
         assert card["members"] == ["a", "b", "c"]
         assert card["state"] == "ready"
         assert (await proxy.client.get("/v1/models/council")).json() == card
+
+    ensemble(story, THREE)
+
+
+def test_the_time_that_a_client_gives_ends_what_its_members_do():
+    async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
+        proxy.client.headers["x-request-timeout"] = "0.2"
+        answer = await proxy.ask("council")
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "deadline_exceeded"
+        await eventually(lambda: not any(u.open for u in upstreams.values()))
+
+    ensemble(story, {"a": SILENCE, "b": SILENCE})
+
+
+def test_the_time_that_a_client_gives_ends_what_is_written_in_an_error():
+    async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
+        proxy.client.headers["x-request-timeout"] = "0.5"
+        answer = await proxy.ask("council", stream=True)
+        assert chunks_of(answer.text)[-1]["error"]["code"] == "deadline_exceeded"
+        assert "[DONE]" not in answer.text
+        await eventually(lambda: upstreams["writer"].open == 0)
+
+    written = streamed(ROLE, event(content="Hello"), Step.STALL)
+    ensemble(story, {**THREE, "writer": written}, strategy="fuse", writer="writer")
+
+
+# What members may be
+
+
+def configured(story: Story, plays: dict[str, Play], **configuration: Any) -> None:
+    """Tell a story of a whole configuration, whose models play."""
+
+    async def tell() -> None:
+        async with AsyncExitStack() as stack:
+            upstreams = {name: await stack.enter_async_context(upstream(play)) for name, play in plays.items()}
+            models = {
+                name: ModelSettings(endpoints=(EndpointSettings(base_url=f"{u.address}/v1"),), timeouts=PATIENT)
+                for name, u in upstreams.items()
+            }
+            proxy = await stack.enter_async_context(proxying(Config(models=models, **configuration)))
+            await story(proxy, upstreams)
+
+    asyncio.run(asyncio.wait_for(tell(), 30))
+
+
+def test_a_member_that_is_a_preset_has_its_system_prompt_and_the_others_have_not():
+    async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
+        body = (await proxy.ask("council", temperature=0.7)).json()
+        assert conditions(body) == {"lawyer": "answered", "b": "answered"}
+        sent = json.loads(upstreams["a"].requests[0].body)
+        assert sent["messages"] == [
+            {"role": "system", "content": "You are a lawyer."},
+            {"role": "user", "content": "hi"},
+        ]
+        assert (sent["temperature"], sent["top_p"]) == (0.7, 0.9)
+        assert len(json.loads(upstreams["b"].requests[0].body)["messages"]) == 1
+
+    lawyer = AliasSettings(model="a", system="You are a lawyer.", defaults={"temperature": 0.1, "top_p": 0.9})
+    council = EnsembleSettings(members={"lawyer": 1.0, "b": 1.0})
+    configured(story, {"a": says("x"), "b": says("y")}, aliases={"lawyer": lawyer}, ensembles={"council": council})
+
+
+def test_in_a_member_that_is_a_group_one_model_stands_in_for_another_but_no_chain_does():
+    async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
+        body = (await proxy.ask("council")).json()
+        told = {t["member"]: (t["model"], t["status"]) for t in body["ensemble"]["answers"]}
+        assert told == {"any": ("b", "answered"), "c": ("c", "failed")}
+        assert not upstreams["d"].requests
+
+    configured(
+        story,
+        {"a": BROKEN, "b": says("x"), "c": BROKEN, "d": says("y")},
+        aliases={"any": AliasSettings(any_of=("a", "b"), prefer="order")},
+        fallbacks={"c": ("d",)},
+        ensembles={"council": EnsembleSettings(members={"any": 1.0, "c": 1.0})},
+    )
+
+
+def test_a_judge_has_its_chain():
+    async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
+        body = (await proxy.ask("council")).json()
+        assert "fell_back" not in body["ensemble"]
+        assert body["ensemble"]["judge"]["model"] == "d"
+
+    configured(
+        story,
+        {"a": says("x"), "b": says("y"), "c": BROKEN, "d": says("1")},
+        fallbacks={"c": ("d",)},
+        ensembles={"council": EnsembleSettings(members={"a": 1.0, "b": 1.0}, strategy="judge", judge="c")},
+    )
+
+
+def test_a_member_that_the_router_finds_nothing_for_is_left_out():
+    async def story(proxy: Proxy, _: dict[str, ScriptedUpstream]) -> None:
+        body = (await proxy.ask("council", routing={"requirements": {"region": "mars"}})).json()
+        assert conditions(body) == {"any": "failed", "b": "answered"}
+
+    configured(
+        story,
+        {"a": says("x"), "b": says("y")},
+        aliases={"any": AliasSettings(any_of=("a",))},
+        ensembles={"council": EnsembleSettings(members={"any": 1.0, "b": 1.0})},
+    )
+
+
+def test_a_key_for_some_models_may_ask_an_ensemble_that_it_names_or_whose_members_it_all_has():
+    async def story(proxy: Proxy, _: dict[str, ScriptedUpstream]) -> None:
+        async def status(key: str) -> int:
+            proxy.client.headers["authorization"] = f"Bearer {key}"
+            return (await proxy.ask("council")).status_code
+
+        assert [await status(key) for key in ("by-name", "by-members", "one-member")] == [200, 200, 404]
+
+    keys = {"by-name": ("council",), "by-members": ("a", "b"), "one-member": ("a",)}
+    configured(
+        story,
+        {"a": says("x"), "b": says("y")},
+        server=Server(api_keys=tuple(ApiKey(key, models) for key, models in keys.items())),
+        ensembles={"council": EnsembleSettings(members={"a": 1.0, "b": 1.0})},
+    )
+
+
+def test_a_route_to_an_ensemble_is_explained_by_its_members():
+    async def story(proxy: Proxy, _: dict[str, ScriptedUpstream]) -> None:
+        answer = await proxy.client.post("/v1/route", json={"model": "council", "messages": []})
+        assert answer.status_code == 400
+        assert "a, b, c" in answer.json()["error"]["message"]
 
     ensemble(story, THREE)

@@ -22,7 +22,7 @@ from proxy.ensembles.spelling import folded, numbers, stem
 Terms = frozenset[str]
 
 _IDLE_WORDS = Path(__file__).parent.parent / "data/idle_words.txt"
-_LONGEST = 16_000  # characters of an answer that are compared: of a longer one, both ends
+_LONGEST = 8_000  # characters of an answer that are compared: of a longer one, both ends
 
 _DENSE = (  # scripts without spaces between words: Thai to Khmer, Hangul, kana, Han
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\uac00-\ud7af\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -70,7 +70,7 @@ def agreements(answers: Sequence[Answer]) -> tuple[float, ...]:
 def words(text: str) -> dict[str, str]:
     """Return the words that tell something of what a text is about, by their stems, in the order of the text."""
     found: dict[str, str] = {}
-    for word in _WORD.findall(_prose(_ends(text))):
+    for word in dict.fromkeys(_WORD.findall(_prose(_ends(text)))):
         for told in _NOUNS.findall(word) if _IS_DENSE(word) else [word]:
             if len(told) > 1 and told not in _idle() and (_IS_DENSE(told) or (len(told) > 2 and told[0].isalpha())):
                 found.setdefault(stem(told), told)
@@ -119,7 +119,7 @@ def _of_prose(text: str) -> Iterator[str]:
     text = _prose(text)
     if _DASH_OF_NUMBERS.search(text):
         yield "-"
-    for word in _WORD.findall(text):
+    for word in set(_WORD.findall(text)):
         if _IS_DENSE(word):
             yield from (word[i : i + 2] for i in range(max(len(word) - 1, 1)))
         else:
@@ -128,5 +128,5 @@ def _of_prose(text: str) -> Iterator[str]:
 
 def _of_code(text: str) -> Iterator[str]:
     tokens = _TOKEN.findall(text)
-    yield from tokens
-    yield from (f"{one} {other}" for one, other in pairwise(tokens))
+    yield from set(tokens)
+    yield from (f"{one} {other}" for one, other in set(pairwise(tokens)))
