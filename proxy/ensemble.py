@@ -59,13 +59,13 @@ class FanOut:
         self._deadline = deadline
         self._order = order
         self._name = asked.envelope.model
-        # All mutable state: who was asked, of whom the last may be a judge or writer, and why that was in vain.
+        # All mutable state: who was asked, who was asked last (a judge or writer), and why that was in vain.
         self._members: list[Asking] = []
-        self._helper: Asking | None = None
+        self._last: Asking | None = None
         self._fell_back: str | None = None
 
     def __repr__(self) -> str:
-        return f"<FanOut {self._name} {self._members!r} {self._helper!r}>"
+        return f"<FanOut {self._name} {self._members!r} {self._last!r}>"
 
     async def answer(self) -> Reply:
         """Return the reply to the client. Raises QuorumNotMet, and BadRequest for what one answer of several is not."""
@@ -161,7 +161,7 @@ class FanOut:
             return Verdict(0)
         order = self._order(len(answers))
         shown = [answers[i] for i in order]
-        judge = self._help(self._settings.judge, framing.for_judge(self._asked.envelope.fields, shown))
+        judge = self._ask_last(self._settings.judge, framing.for_judge(self._asked.envelope.fields, shown))
         await ask([judge], self._settings.timeout, _never)
         picked = choice.read(judge.answer.text, len(answers)) if judge.answer else None
         if picked is None:
@@ -169,22 +169,22 @@ class FanOut:
         return Verdict(order[picked - 1])
 
     async def _written(self, answers: Sequence[Answer]) -> Verdict:
-        writer = self._help(self._settings.writer, framing.for_writer(self._asked.envelope.fields, answers))
+        writer = self._ask_last(self._settings.writer, framing.for_writer(self._asked.envelope.fields, answers))
         await ask([writer], self._settings.timeout, _never)
         return Verdict(None) if writer.answer else self._agreed(answers, _in_vain(writer))
 
-    def _help(self, name: str | None, fields: Fields, *, stream: bool = False) -> Asking:
+    def _ask_last(self, name: str | None, fields: Fields, *, stream: bool = False) -> Asking:
         """Return the question to a judge or writer."""
         assert name, "the configuration has one for this strategy"
-        self._helper = self._ask(Question(name, self._with(fields, stream=stream), is_alone=True))
-        return self._helper
+        self._last = self._ask(Question(name, self._with(fields, stream=stream), is_alone=True))
+        return self._last
 
     # The reply
 
     def _chosen(self, answers: Sequence[Answer], verdict: Verdict) -> Reply:
         """Return the reply with the answer that was chosen, whole: as a document or as a stream."""
         stream = self._asked.envelope.stream
-        found = answers[verdict.chosen] if verdict.chosen is not None else self._helper and self._helper.answer
+        found = answers[verdict.chosen] if verdict.chosen is not None else self._last and self._last.answer
         assert found
         answer = completion.with_content(found, verdict.content, keep_logprobs=self._shows_logprobs())
         ending = self._ending(answers, verdict)
@@ -194,7 +194,7 @@ class FanOut:
 
     async def _stream_written(self, answers: Sequence[Answer]) -> Reply:
         fields = framing.for_writer(self._asked.envelope.fields, answers)
-        writer = self._help(self._settings.writer, fields, stream=True)
+        writer = self._ask_last(self._settings.writer, fields, stream=True)
         reply = await writer.open(self._settings.timeout)
         if reply is None:
             return self._chosen(answers, self._agreed(answers, _in_vain(writer)))
@@ -228,7 +228,7 @@ class FanOut:
         return reply
 
     def _everybody(self) -> list[Asking]:
-        return [*self._members, self._helper] if self._helper else self._members
+        return [*self._members, self._last] if self._last else self._members
 
     def _ending(self, answers: Sequence[Answer], verdict: Verdict) -> Ending:
         exchange, envelope = self._exchange, self._asked.envelope
@@ -242,8 +242,8 @@ class FanOut:
             **verdict.details,
             "answers": [_of_member(asking, scores.get(asking.question.name)) for asking in self._members],
         }
-        if self._helper:
-            details["judge" if self._settings.judge else "writer"] = _told(self._helper)
+        if self._last:
+            details["judge" if self._settings.judge else "writer"] = _told(self._last)
         return Ending(self._name, details, usage, exchange.usd() if exchange.shows_cost else None)
 
 
@@ -251,10 +251,10 @@ def _never() -> bool:
     return False
 
 
-def _in_vain(helper: Asking, otherwise: str = "") -> str:
+def _in_vain(last: Asking, otherwise: str = "") -> str:
     """Say why what a judge or writer was asked for did not come."""
-    why = helper.failure.message if helper.failure else otherwise
-    return f"{helper.question.name!r} was of no help: {why} So agreement decided."
+    why = last.failure.message if last.failure else otherwise
+    return f"{last.question.name!r} was of no help: {why} So agreement decided."
 
 
 def _told(asking: Asking) -> dict[str, object]:

@@ -315,7 +315,7 @@ def test_a_judge_picks_among_the_answers_in_any_order():
     async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
         body = (await proxy.ask("council")).json()
         (request,) = upstreams["judge"].requests
-        shown = json.loads(json.loads(request.body)["messages"][0]["content"].splitlines()[-1])
+        shown = json.loads(json.loads(request.body)["messages"][0]["content"].split("\n")[-3])
         assert shown["conversation"] == [{"role": "user", "text": "hi"}]
         assert sorted(a["text"] for a in shown["answers"]) == ["one", "three", "two"]
         second = next(a["text"] for a in shown["answers"] if a["number"] == 2)
@@ -606,3 +606,21 @@ def test_a_route_to_an_ensemble_is_explained_by_its_members():
         assert "a, b, c" in answer.json()["error"]["message"]
 
     ensemble(story, THREE)
+
+
+def test_however_requests_end_nothing_of_them_is_left():
+    async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
+        await proxy.ask("council")
+        before = len(asyncio.all_tasks())
+        for stream in (False, True) * 5:
+            asking = [asyncio.create_task(proxy.ask("council", stream=stream)) for _ in range(4)]
+            await eventually(lambda: bool(upstreams["c"].open))
+            asking[0].cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        await eventually(lambda: proxy.running() == 0 and not upstreams["c"].open)
+        await eventually(lambda: len(asyncio.all_tasks()) <= before + 8)  # connections of upstreams and clients
+        assert proxy.in_flight() == 0
+
+    written = [*streamed(ROLE, event(content="Hello"), LAST, DONE), END]
+    plays = {"a": says("yes"), "b": BROKEN, "c": SILENCE, "writer": written}
+    ensemble(story, plays, strategy="fuse", writer="writer", timeout=0.1)

@@ -52,23 +52,23 @@ def faults(name: str, ensembles: Mapping[str, EnsembleSettings], askable: Collec
         yield (name, "quorum"), f"{ensemble.quorum} answers cannot come of {most} members; allowed: 1 to {most}"
     if ensemble.strategy == "first" and ensemble.quorum > 1:
         yield (name, "quorum"), "the strategy first ends with the first good answer; leave quorum out"
-    yield from _faults_of_helpers(name, ensemble, ensembles, askable)
+    yield from _faults_of_roles(name, ensemble, ensembles, askable)
 
 
-_HELPERS = {"judge": "judge", "writer": "fuse"}  # the setting, and the only strategy that has it
+_ROLES = {"judge": "judge", "writer": "fuse"}  # the setting, and the only strategy that has it
 
 
-def _faults_of_helpers(
+def _faults_of_roles(
     name: str, ensemble: EnsembleSettings, ensembles: Collection[str], askable: Collection[str]
 ) -> Iterator[Fault]:
-    for setting, strategy in _HELPERS.items():
-        helper = getattr(ensemble, setting)
-        if ensemble.strategy == strategy and helper is None:
+    for setting, strategy in _ROLES.items():
+        model = getattr(ensemble, setting)
+        if ensemble.strategy == strategy and model is None:
             yield (name,), f"the strategy {strategy} needs a model: add {setting}: MODEL"
-        elif ensemble.strategy != strategy and helper is not None:
+        elif ensemble.strategy != strategy and model is not None:
             yield (name, setting), f"only the strategy {strategy} has one; this is {ensemble.strategy}"
-        elif helper is not None:
-            yield from _faults_of_name((name, setting), helper, ensembles, askable)
+        elif model is not None:
+            yield from _faults_of_name((name, setting), model, ensembles, askable)
 
 
 def _faults_of_name(
