@@ -96,7 +96,7 @@ class FanOut:
                 )  # fmt: skip
 
     def _questions(self) -> list[Question]:
-        fields = {name: value for name, value in self._asked.envelope.fields.items() if name not in _CLIENTS}
+        fields = self._fields()
         plain = self._with(fields)
         more = None
         if self._settings.strategy == "confidence" and not self._shows_logprobs():
@@ -105,6 +105,9 @@ class FanOut:
             Question(member, more or plain, weight, plain if more else None)
             for member, weight in self._settings.members.items()
         ]
+
+    def _fields(self) -> Fields:
+        return {name: value for name, value in self._asked.envelope.fields.items() if name not in _CLIENTS}
 
     def _with(self, fields: Fields, *, stream: bool = False) -> Asked:
         """Return the request with another body. It has the ensemble's name, so that answers come under that."""
@@ -161,7 +164,7 @@ class FanOut:
             return Verdict(0)
         order = self._order(len(answers))
         shown = [answers[i] for i in order]
-        judge = self._ask_last(self._settings.judge, framing.for_judge(self._asked.envelope.fields, shown))
+        judge = self._ask_last(self._settings.judge, framing.for_judge(self._fields(), shown))
         await ask([judge], self._settings.timeout, _never)
         picked = choice.read(judge.answer.text, len(answers)) if judge.answer else None
         if picked is None:
@@ -169,7 +172,7 @@ class FanOut:
         return Verdict(order[picked - 1])
 
     async def _written(self, answers: Sequence[Answer]) -> Verdict:
-        writer = self._ask_last(self._settings.writer, framing.for_writer(self._asked.envelope.fields, answers))
+        writer = self._ask_last(self._settings.writer, framing.for_writer(self._fields(), answers))
         await ask([writer], self._settings.timeout, _never)
         return Verdict(None) if writer.answer else self._agreed(answers, _in_vain(writer))
 
@@ -193,8 +196,7 @@ class FanOut:
         return self._labelled(replies.of_ours(self._exchange, whole, answer.finish_reason, streamed=stream))
 
     async def _stream_written(self, answers: Sequence[Answer]) -> Reply:
-        fields = framing.for_writer(self._asked.envelope.fields, answers)
-        writer = self._ask_last(self._settings.writer, fields, stream=True)
+        writer = self._ask_last(self._settings.writer, framing.for_writer(self._fields(), answers), stream=True)
         reply = await writer.open(self._settings.timeout)
         if reply is None:
             return self._chosen(answers, self._agreed(answers, _in_vain(writer)))

@@ -69,6 +69,11 @@ def ensemble(story: Story, plays: dict[str, Play | list[Play]], **settings: Any)
     asyncio.run(asyncio.wait_for(tell(), 30))
 
 
+def patience(plays: dict[str, Play]) -> float:
+    """Seconds in which whoever answers has surely done so: few only where somebody hangs."""
+    return 1.0 if SILENCE in plays.values() else 20.0
+
+
 def said(body: dict[str, Any]) -> str:
     return body["choices"][0]["message"]["content"]
 
@@ -141,14 +146,14 @@ def test_a_member_that_fails_and_one_that_hangs_are_left_out():
         assert said(body) == "yes"
         assert conditions(body) == {"a": "answered", "b": "failed", "c": "late", "d": "answered"}
         errors = {told["member"]: told["error"] for told in body["ensemble"]["answers"] if "error" in told}
-        assert errors == {"b": "The upstream failed with status 500.", "c": "It took longer than 0.5 s."}
+        assert errors == {"b": "The upstream failed with status 500.", "c": "It took longer than 1 s."}
         assert body["usage"]["total_tokens"] == 30
         await eventually(lambda: upstreams["c"].open == 0)
         page = proxy.page()
         assert page.value("polyvox_request_errors_total", model_name="c", error_type="gateway_timeout") == 1
         assert page.value("polyvox_request_errors_total", model_name="b", error_type="upstream_failed") == 1
 
-    ensemble(story, {"a": says("yes"), "b": BROKEN, "c": SILENCE, "d": says("yes")}, timeout=0.5, quorum=2)
+    ensemble(story, {"a": says("yes"), "b": BROKEN, "c": SILENCE, "d": says("yes")}, timeout=1.0, quorum=2)
 
 
 def test_a_member_that_is_late_harms_its_breaker_no_more_than_a_client_that_leaves():
@@ -164,7 +169,7 @@ def test_a_member_that_is_late_harms_its_breaker_no_more_than_a_client_that_leav
     ("plays", "status", "words"),
     [
         ({"a": says("yes"), "b": BROKEN, "c": SILENCE}, 503, ["needs 2 answers and has 1", "b: The upstream failed",
-                                                             "c: It took longer than 0.2 s"]),
+                                                             "c: It took longer than 1 s"]),
         ({"a": SILENCE, "b": SILENCE, "c": says("yes")}, 504, ["a: It took longer", "b: It took longer"]),
         ({"a": REFUSAL, "b": REFUSAL, "c": says("yes")}, 400, ["a: messages: too odd", "b: messages: too odd"]),
         ({"a": says("  "), "b": says(None), "c": says("yes")}, 503, ["a: The answer is empty"]),
@@ -180,7 +185,7 @@ def test_too_few_answers_are_an_error_that_names_what_each_of_the_others_did(pla
         assert error["code"] == "quorum_not_met"
         assert all(word in error["message"] for word in words), error["message"]
 
-    ensemble(story, plays, quorum=2, timeout=0.2)
+    ensemble(story, plays, quorum=2, timeout=patience(plays))
 
 
 def test_what_can_no_longer_reach_the_quorum_is_not_waited_for():
@@ -335,7 +340,8 @@ def test_where_the_judge_is_of_no_help_agreement_decides_and_says_so(play):
         assert "'judge'" in body["ensemble"]["fell_back"]
         assert body["ensemble"]["agreement_score"] > 0
 
-    ensemble(story, {**THREE, "judge": play}, strategy="judge", judge="judge", timeout=0.3)
+    plays = {**THREE, "judge": play}
+    ensemble(story, plays, strategy="judge", judge="judge", timeout=patience(plays))
 
 
 def test_a_writer_makes_one_answer_of_all():
@@ -394,7 +400,8 @@ def test_where_the_writer_fails_before_it_has_written_agreement_decides():
         assert "'writer'" in chunks_of(answer.text)[-1]["ensemble"]["fell_back"]
 
     for play in (BROKEN, SILENCE, REFUSAL, streamed(Step.RESET), says("no stream")):
-        ensemble(story, {**THREE, "writer": play}, strategy="fuse", writer="writer", timeout=0.3)
+        plays = {**THREE, "writer": play}
+        ensemble(story, plays, strategy="fuse", writer="writer", timeout=patience(plays))
 
 
 def test_what_breaks_while_it_is_written_ends_in_an_error_and_never_looks_whole():
