@@ -500,7 +500,7 @@ def test_the_time_that_a_client_gives_ends_what_its_members_do():
 
 def test_the_time_that_a_client_gives_ends_what_is_written_in_an_error():
     async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
-        proxy.client.headers["x-request-timeout"] = "0.5"
+        proxy.client.headers["x-request-timeout"] = "1.5"
         answer = await proxy.ask("council", stream=True)
         assert chunks_of(answer.text)[-1]["error"]["code"] == "deadline_exceeded"
         assert "[DONE]" not in answer.text

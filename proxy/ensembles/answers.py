@@ -1,5 +1,6 @@
 """What a model has said: its completion, read as far as strategies compare it."""
 
+import re
 from collections.abc import Sequence
 
 import msgspec
@@ -12,6 +13,10 @@ _decode_object = msgspec.json.Decoder(Object).decode
 _encode = msgspec.json.encode
 # Why an answer ended that is all that its model had to say.
 _COMPLETE = frozenset(("stop", "tool_calls", "function_call"))
+
+
+# What models think aloud where no parser of their server takes it out; without an end it is all there is.
+_THOUGHTS = re.compile(r"\A\s*<think(?:ing)?>.*?(?:</think(?:ing)?>\s*|\Z)", re.DOTALL)
 
 
 class _Function(msgspec.Struct, frozen=True):
@@ -58,9 +63,9 @@ _decode = msgspec.json.Decoder(_Completion).decode
 class Answer(msgspec.Struct, frozen=True):
     """One member's answer.
 
-    text: its content. calls: the tools that it calls, spelled so that equal calls are equal. logprob: the mean of its
-    tokens, None where it did not tell. refused: the model, or a filter, would not answer. document, choice: as they
-    came.
+    text: its content, without what it thought aloud before. calls: the tools that it calls, spelled so that equal calls
+    are equal. logprob: the mean of its tokens, None where it did not tell. refused: the model, or a filter, would not
+    answer. document, choice: as they came.
     """
 
     member: str
@@ -133,9 +138,8 @@ def best(answers: Sequence[Answer], scores: Sequence[float | None]) -> int:
 
 
 def _text(content: str | list[_Part] | None) -> str:
-    if isinstance(content, list):
-        return "".join([part.text for part in content])
-    return content or ""
+    text = "".join([part.text for part in content]) if isinstance(content, list) else content or ""
+    return _THOUGHTS.sub("", text, count=1) if "<think" in text else text
 
 
 def _calls(message: _Message) -> str:

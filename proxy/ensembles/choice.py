@@ -2,7 +2,6 @@
 
 import re
 
-_THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_.])\d{1,3}(?![A-Za-z0-9_]|\.\d)")
 _ALONE = re.compile(r"[^\w]*(?:answer|number|ответ|номер|回答)?[^\w]*(\d{1,3})[^\w]*", re.IGNORECASE)
 _SAID = re.compile(
@@ -19,7 +18,7 @@ def read(text: str, answers: int) -> int | None:
     2. It is the only one that is named.
     3. It is the only one that is called the best, or the choice.
     """
-    text = _THOUGHTS.sub("", text).strip()
+    text = text.strip()
     if alone := _ALONE.fullmatch(text):
         return _valid({int(alone[1])}, answers)
     if named := _valid({int(n) for n in _NUMBER.findall(text)}, answers):

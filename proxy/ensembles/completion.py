@@ -144,11 +144,16 @@ class Written:
         return b"data: %b\n\n" % _encode(last) + usage_and_done(self.identity, ending)
 
     def _passes(self, event: bytes) -> bool:
-        """Say whether an event passes as it came: not an end, nor an usage, which is not the sum."""
+        """Say whether an event passes as it came: not an end, nor a usage, which is not the sum."""
         data = sse.data_of(event)
         if not data.startswith(b"{"):
             return data != b"[DONE]"
-        chunk = _decode_object(data)
+        try:
+            return self._passes_chunk(_decode_object(data))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return True  # it is no chunk that we know
+
+    def _passes_chunk(self, chunk: Object) -> bool:
         self.identity = self.identity or {name: chunk[name] for name in _IDENTITY if name in chunk}
         choices = _decode_objects(chunk.get("choices", b"[]"))
         reasons = [_decode_reason(choice.get("finish_reason", b"null")) for choice in choices]

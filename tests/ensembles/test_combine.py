@@ -223,6 +223,19 @@ def test_parts_of_a_content_are_one_text():
 
 
 @pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("<think>6 x 7?\n</think>\n\n42", "42"),
+        ("<thinking>x</thinking>42", "42"),
+        ("<think>cut off", ""),
+        ("Write <think> in HTML", "Write <think> in HTML"),
+    ],
+)
+def test_what_a_model_thinks_aloud_is_not_its_answer(content, text):
+    assert read(completion(message={"content": content}), "m", 1.0).text == text
+
+
+@pytest.mark.parametrize(
     "document", [b"", b"[]", b"{}", b'{"choices":[]}', b'{"choices":[{}]}', b'{"choices":3}', b"\xff"]
 )
 def test_what_is_no_completion_is_refused(document):

@@ -15,12 +15,12 @@ from proxy.ensembles.answers import Answer
     ("said", "number"),
     [
         ("2", 2), (" 2.\n", 2), ("**2**", 2), ("[2]", 2), ("Answer 2", 2), ("Ответ: 2", 2), ("回答2", 2), ("#2", 2),
-        ('{"number": 2}', 2), ('```json\n{"best": 2, "reason": "clear"}\n```', 2), ("<think>1 or 3?</think>2", 2),
+        ('{"number": 2}', 2), ('```json\n{"best": 2, "reason": "clear"}\n```', 2),
         ("Answer 1 is wrong, so the best is answer 2.", 2), ("1 is short. I choose 3 over 1.", 3),
         ("Лучший ответ - 3, хотя 1 короче.", 3), ("最も良い回答は2です。1は短い。", 2),
         ("The best answer has 12 words: number 2.", 2), ("Version 1.5 is named; 2 wins", 2),
         ("", None), ("none", None), ("7", None), ("0", None), ("1 or 2", None), ("1, 2, 3", None), ("-", None),
-        ("<think>2", None), ("best 1, best 2", None),
+        ("best 1, best 2", None),
     ],
 )  # fmt: skip
 def test_the_choice_of_a_judge_is_found_or_none_is(said, number):
