@@ -1,6 +1,6 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,24 +110,24 @@ class Chat:
         if isinstance(target, Preset):
             asked, target = _with_preset(asked, target), target.of
         assert not isinstance(target, Ensemble), "the configuration has no ensemble in another"
-        if isinstance(target, Model):
-            forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
-            return Placed(_without_wishes(asked), target, registry.chains.get(name, ()))
-        routed = self._dispatcher.route(
-            registry, target, Inquiry(asked.path, asked.envelope.fields, asked.headers, name)
-        )
+        fields = asked.envelope.fields
+        if isinstance(target, Model) and wishes.FIELD not in fields:
+            forbidden.check(fields, target.policy, self._ways.limits)
+            return Placed(asked, target, registry.chains.get(name, ()))
+        routed = self._dispatcher.route(registry, target, Inquiry(asked.path, fields, asked.headers, name))
         model = registry.models[routed.plan.models[0]]
-        alternatives = tuple(model for model in routed.chain if model in target.members)
+        members = target.members if isinstance(target, Group) else ()
+        alternatives = tuple(model for model in routed.chain if model in members)
         learn = partial(self._dispatcher.learn, routed.plan.features.tokens)
         return Placed(_without_wishes(asked), model, routed.chain, alternatives, learn)
 
-    async def _walk(
+    def _walk(
         self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange
-    ) -> Reply:
+    ) -> Awaitable[Reply]:
         exchange.model = model.name
         if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
-        return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        return Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
