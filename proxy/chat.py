@@ -1,6 +1,5 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
-from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from proxy.ensemble import FanOut
 from proxy.errors import BadRequest
 from proxy.fallback import Walk
 from proxy.providers import Asked
-from proxy.registry import Ensemble, Group, Model, Preset, Registry
+from proxy.registry import Ensemble, Model, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -76,24 +75,23 @@ class Chat:
             return await self._together(target, asked, request, exchange)
         if isinstance(target, Preset):
             asked, target = _with_preset(asked, target), target.of
-        if not isinstance(target, Model) or wishes.FIELD in envelope.fields:
-            return await self._routed(registry, target, asked, request, exchange)
-        forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
-        chain = registry.chains.get(envelope.model, ())
-        if request.models is not None:
-            chain = tuple(name for name in chain if name in request.models)
-        return await self._walk(asked, target, chain, request, exchange)
-
-    async def _routed(
-        self, registry: Registry, target: Model | Group, asked: Asked, request: Incoming, exchange: Exchange
-    ) -> Reply:
-        """Answer a request for which the router chooses."""
-        routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
-        exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
-        model = registry.models[routed.plan.models[0]]
-        reply = await self._walk(_without_wishes(asked), model, routed.chain, request, exchange)
-        if routed.explains:
-            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.chain)),)
+        routed = None
+        if isinstance(target, Model) and wishes.FIELD not in envelope.fields:
+            forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
+            model, chain = target, registry.chains.get(envelope.model, ())
+            if request.models is not None:
+                chain = tuple(name for name in chain if name in request.models)
+        else:
+            routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
+            asked, model, chain = _without_wishes(asked), registry.models[routed.models[0]], routed.models[1:]
+            exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
+        exchange.model = model.name
+        if envelope.stream and (options := asked.envelope.fields.get("stream_options")):
+            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
+        chosen = not isinstance(target, Model)
+        reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
+        if routed is not None and routed.explains:
+            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.models)),)
         return reply
 
     async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
@@ -115,19 +113,12 @@ class Chat:
             forbidden.check(fields, target.policy, self._ways.limits)
             return Placed(asked, target, registry.chains.get(name, ()))
         routed = self._dispatcher.route(registry, target, Inquiry(asked.path, fields, asked.headers, name))
-        model = registry.models[routed.plan.models[0]]
-        members = target.members if isinstance(target, Group) else ()
-        alternatives = tuple(model for model in routed.chain if model in members)
+        first, *others = routed.models
+        members = () if isinstance(target, Model) else target.members
+        alternatives = tuple(name for name in others if name in members)
         learn = partial(self._dispatcher.learn, routed.plan.features.tokens)
-        return Placed(_without_wishes(asked), model, routed.chain, alternatives, learn)
-
-    def _walk(
-        self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange
-    ) -> Awaitable[Reply]:
-        exchange.model = model.name
-        if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
-            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
-        return Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        model, chosen = registry.models[first], not isinstance(target, Model)
+        return Placed(_without_wishes(asked), model, others, alternatives, chosen, learn)
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
@@ -148,7 +139,7 @@ class Chat:
                 param="model",
             )
         routed = self._dispatcher.consider(registry, target, _inquiry(path, envelope, request))
-        return explanation.full(routed.plan, routed.chain, envelope.model)
+        return explanation.full(routed.plan, routed.models, envelope.model)
 
 
 def _inquiry(path: str, envelope: wire.Envelope, request: Incoming) -> Inquiry:
