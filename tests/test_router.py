@@ -84,6 +84,12 @@ def test_a_specialist_in_the_task_goes_before_others_of_its_kind(level):
     assert plan(Features(task="legal", level=level), (*EVERY, expert)).models[0] == "expert"
 
 
+def test_nobody_is_a_specialist_in_what_is_general():
+    either = change(STRONG, name="either", tasks=("general", "legal"))
+    assert plan(candidates=(either, MIDDLE)).models == ["middle", "either"]
+    assert plan(Features(task="legal"), (MIDDLE, either)).models == ["either", "middle"]
+
+
 LACKS = [
     (Features(modalities=frozenset(("text", "image"))), {}, "modalities: it takes no image"),
     (Features(task="code"), {"tasks": ("legal", "medical")}, "task: it is for legal, medical only, not code"),
