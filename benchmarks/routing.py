@@ -203,11 +203,11 @@ def speed(texts: Sequence[str]) -> str:
 def _timed(call: Callable[[str], object], texts: Sequence[str]) -> str:
     times = []
     for text in texts:
-        began = time.perf_counter()
+        began = time.process_time()
         call(text)
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     cuts = statistics.quantiles(times, n=100)
-    return f"{cuts[49] * 1e6:.0f} us (median), {cuts[98] * 1e6:.0f} us (99 of 100)"
+    return f"{cuts[49] * 1e6:.0f} us of the processor (median), {cuts[98] * 1e6:.0f} us (99 of 100)"
 
 
 def decider() -> Callable[[str], object]:
