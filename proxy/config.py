@@ -22,6 +22,8 @@ from proxy.cost import Hosting, Price
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
 from proxy.limits import Limits
+from proxy.prompts import rendering
+from proxy.prompts.adapters import FAMILIES, AdapterSettings, template_name
 
 MASK = "***"
 
@@ -93,10 +95,11 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server that somebody else runs. model: its own name for the model; the model's name if left out.
 
-    provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, or the name of an entry
-    point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
-    provider, which says what it takes. max_in_flight: requests that it gets at once; any number if left out.
-    pass_timeout: true for another Polyvox, which is told how long the client still waits (`x-request-timeout`).
+    provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, completions (like openai,
+    but text only: see a model's `adapter`), or the name of an entry point in the group polyvox.providers. api_version:
+    the version of that API, where it has several. options: for the provider, which says what it takes. max_in_flight:
+    requests that it gets at once; any number if left out. pass_timeout: true for another Polyvox, which is told how
+    long the client still waits (`x-request-timeout`).
 
     Where these are left out, they are as `polyvox probe` found them, and else as said here. stream_usage: false for a
     server that refuses `stream_options`, what its streams use is then not accounted; else true. continues: whether a
@@ -161,6 +164,7 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow: fields of requests that are refused otherwise, because they reach past the model: chat_template and the like.
     price: of its tokens; where it is left out, endpoints have that of the package genai-prices, if it knows them.
     hosting: of an engine, what its machine costs, instead of a price.
+    adapter: how requests are changed for what the model cannot take; where it is left out, as the model's name tells.
     """
 
     engine: EngineSettings | None = None
@@ -173,6 +177,7 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow: tuple[str, ...] = ()
     price: Price | None = None
     hosting: Hosting | None = None
+    adapter: AdapterSettings | None = None
 
     def endpoint_names(self, model: str) -> tuple[str, ...]:
         """Return the names that the endpoints of a model have: in headers, metrics and commands."""
@@ -190,6 +195,7 @@ class LedgerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     journal_bytes: Annotated[int, Meta(ge=1024 * 1024)] = 1024 * 1024 * 1024
 
 
+TEXT_ONLY = "completions"  # the provider of servers with /v1/completions and no chats
 TASK = "task:"  # what a key of `fallbacks` begins with that stands for a kind of request, not for a model
 
 
@@ -558,6 +564,28 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
             raise source.error((*path, "allow", i), _unknown(field, sorted(ALLOWABLE)))
     if model.endpoints and not any(e.weight for e in model.endpoints):
         raise source.error((*path, "endpoints"), "all weights are 0, so nothing could be chosen")
+    _check_adapter(name, model, source)
+
+
+def _check_adapter(name: str, model: ModelSettings, source: _Source) -> None:
+    path, adapter = ("models", name, "adapter"), model.adapter or AdapterSettings()
+    for field in ("max_tokens", "temperature"):
+        limits = getattr(adapter, field)
+        if limits and limits[0] > limits[1]:
+            raise source.error((*path, field), f"the least, {limits[0]:g}, is more than the most, {limits[1]:g}")
+    of_text = [e for e in model.endpoints if e.provider == TEXT_ONLY]
+    if adapter.template is not None:
+        if not of_text:
+            raise source.error((*path, "template"), f"it is for endpoints with provider: {TEXT_ONLY}, there are none")
+        if wrong := rendering.problem(adapter.template):
+            raise source.error((*path, "template"), f"not a template of Jinja: {wrong}")
+    for endpoint in of_text if adapter.template is None else ():
+        if template_name(adapter, endpoint.model or name) is None:
+            raise source.error(
+                (*path, "family"),
+                f"provider {TEXT_ONLY} needs the form of chats that the model was taught, and its name does not tell: "
+                f"give {', '.join(FAMILIES)}, or a template",
+            )
 
 
 _OWN_FLAGS = {

@@ -10,6 +10,7 @@ import msgspec
 from engines.spec import EngineStatus, FleetStatus, State
 from proxy.capabilities import NOTHING, Capabilities, Findings, shared, subject_of
 from proxy.config import (
+    TEXT_ONLY,
     BreakerSettings,
     Config,
     EndpointSettings,
@@ -21,6 +22,8 @@ from proxy.config import (
 )
 from proxy.errors import UnknownModel
 from proxy.forbidden import Policy
+from proxy.prompts import adapters, rendering
+from proxy.prompts.adapters import Adapter, AdapterSettings
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -32,7 +35,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     max_in_flight: requests that it gets at once, None for any number. pass_timeout: whether it is told how long the
     client still waits.
     continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
-    the next, its UNIX time of being ready. capabilities: what else was found out of it.
+    the next, its UNIX time of being ready. capabilities: what else was found out of it. adapter: how requests are
+    changed for it; None for not at all.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     max_in_flight: int | None = None
     pass_timeout: bool = True
     capabilities: Capabilities = Capabilities()
+    adapter: Adapter | None = None
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
@@ -140,6 +145,7 @@ def _local(
     ranked = sorted(engines, key=lambda status: _BEST_FIRST.index(status.state))
     best = ranked[0] if ranked else None
     found = _found(findings, subject_of(model.engine, name), best.version if best else None)
+    adapter = adapters.for_chats(model.adapter, None, system_role=found.system_role)
     return Model(
         name=name,
         endpoints=tuple(
@@ -153,6 +159,7 @@ def _local(
                 since=s.since,
                 continues=found.continues is not False,
                 capabilities=found,
+                adapter=adapter,
             )
             for s in ranked
             if s.address
@@ -177,7 +184,9 @@ def _found(findings: Findings, subject: str, version: str | None = None) -> Capa
 
 
 def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
-    endpoints = tuple(_endpoint(name, i, settings, findings) for i, settings in enumerate(model.endpoints))
+    endpoints = tuple(
+        _endpoint(name, i, settings, model.adapter, findings) for i, settings in enumerate(model.endpoints)
+    )
     capabilities = shared(e.capabilities for e in endpoints)
     policy = Policy(frozenset(model.allow), None)
     return Model(
@@ -193,7 +202,9 @@ def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
     )
 
 
-def _endpoint(model: str, index: int, settings: EndpointSettings, findings: Findings) -> Endpoint:
+def _endpoint(
+    model: str, index: int, settings: EndpointSettings, adapter: AdapterSettings | None, findings: Findings
+) -> Endpoint:
     found = _found(findings, subject_of(settings, model))
     parts = urlsplit(settings.base_url)
     return Endpoint(
@@ -205,14 +216,28 @@ def _endpoint(model: str, index: int, settings: EndpointSettings, findings: Find
         api_key=settings.api_key,
         weight=settings.weight,
         stream_usage=_first(settings.stream_usage, found.stream_usage, True),
-        continues=_first(settings.continues, found.continues, settings.provider == "anthropic"),
+        continues=_first(settings.continues, found.continues, settings.provider in _CONTINUES),
         provider=settings.provider,
         api_version=settings.api_version,
         options=settings.options,
         max_in_flight=settings.max_in_flight,
         pass_timeout=settings.pass_timeout,
         capabilities=found,
+        adapter=_adapter(settings, adapter, found, settings.model or model),
     )
+
+
+_CONTINUES = ("anthropic", TEXT_ONLY)
+
+
+def _adapter(
+    settings: EndpointSettings, configured: AdapterSettings | None, found: Capabilities, name: str
+) -> Adapter | None:
+    if settings.provider == TEXT_ONLY:
+        template = adapters.template_name(configured, name)
+        return adapters.for_text(configured, name, rendering.shipped(template) if template else "")
+    images = None if found.modalities is None else "image" in found.modalities
+    return adapters.for_chats(configured, name, system_role=found.system_role, images=images)
 
 
 def _first(configured: bool | None, found: bool | None, otherwise: bool) -> bool:
