@@ -14,6 +14,7 @@ from proxy.balancer import Balancer, Board
 from proxy.capabilities import Folder
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
 from proxy.live import LiveRegistry, Sources, watch_findings, watch_fleet
@@ -66,7 +67,9 @@ class Worker:
         server = self._config.server
         admission = make_admission(self._config, self._balancer, self._metrics)
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
-        api = Api(Chat(ways), self._live, self._metrics, server, self._prices, self._books)
+        rate = self._metrics.tokens_per_second
+        dispatcher = Dispatcher(self._endpoints, self._config.limits, self._prices, rate)
+        api = Api(Chat(ways, dispatcher), self._live, self._metrics, server, self._prices, self._books)
         return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
 
     async def _start(self) -> None:

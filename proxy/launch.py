@@ -185,7 +185,7 @@ class Workers:
             async with asyncio.TaskGroup() as group:
                 for number in range(self._count):
                     group.create_task(self._keep_one(number))
-        except* ServeError as failures:
+        except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
     async def _keep_one(self, number: int) -> None:

@@ -1,7 +1,11 @@
-"""What can be asked for, and who answers it: alias -> model -> endpoints. Frozen; replaced whole."""
+"""What can be asked for, and who answers it: name -> target -> endpoints. Frozen; replaced whole.
+
+A name stands for a Model, for a Preset of what else a name may stand for, or for a Group of models.
+"""
 
 import difflib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,8 +26,11 @@ from proxy.config import (
 )
 from proxy.errors import UnknownModel
 from proxy.forbidden import Policy
+from proxy.naming import AUTO, AliasSettings, Prefer
 from proxy.prompts import adapters, rendering
 from proxy.prompts.adapters import Adapter, AdapterSettings
+from proxy.rules import RoutingSettings, Rule
+from proxy.traits import Traits
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -60,15 +67,19 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
-        if self.base_path is None:
-            return ours
-        if ours.startswith("/v1/"):
-            return self.base_path + ours[3:]
-        return self.base_path.removesuffix("/v1") + ours
+        return ours if self.base_path is None else _below(self.base_path, ours)
+
+
+@lru_cache(maxsize=1024)
+def _below(base: str, ours: str) -> str:
+    return base + ours[3:] if ours.startswith("/v1/") else base.removesuffix("/v1") + ours
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A model and its endpoints, with the state of the best of them. capabilities: what all endpoints can do."""
+    """A model and its endpoints, with the state of the best of them. context_length: None where nobody says it.
+
+    capabilities: what all endpoints can do.
+    """
 
     name: str
     endpoints: tuple[Endpoint, ...]
@@ -80,40 +91,83 @@ class Model(msgspec.Struct, frozen=True):
     breaker: BreakerSettings = BreakerSettings()
     retries: RetrySettings = RetrySettings()
     capabilities: Capabilities = Capabilities()
+    traits: Traits = Traits()
 
     def ready(self) -> tuple[Endpoint, ...]:
         """Return the endpoints that take requests now."""
         return tuple(e for e in self.endpoints if e.state == "ready")
 
 
-class Registry(msgspec.Struct, frozen=True):
-    """All models and aliases at one moment.
+class Group(msgspec.Struct, frozen=True):
+    """Any of some models, by their names; `auto` is any of all. prefer: None for what the rules say."""
 
-    chains: for each name that can be asked for, and for each `task:NAME`, the models that answer when it cannot.
+    name: str
+    members: tuple[str, ...]
+    prefer: Prefer | None = None
+
+
+class Preset(msgspec.Struct, frozen=True):
+    """Something with a system prompt, and with defaults (fields as JSON) for what a request leaves out."""
+
+    name: str
+    of: Model | Group
+    system: str | None = None
+    defaults: Mapping[str, msgspec.Raw] = {}
+
+
+Target = Model | Preset | Group
+
+
+class Registry(msgspec.Struct, frozen=True):
+    """All that can be asked for, at one moment.
+
+    aliases: what stands behind each name that is no model's, `auto` and its like included. chains: for each name that
+    can be asked for, and for each `task:NAME`, the models that answer when it cannot. routing, rules, tasks: what the
+    router goes by, see Config.
     """
 
     models: dict[str, Model]
-    aliases: dict[str, str]
+    aliases: dict[str, Target]
     chains: dict[str, tuple[str, ...]] = {}
+    routing: RoutingSettings = RoutingSettings()
+    rules: tuple[Rule, ...] = ()
+    tasks: Mapping[str, tuple[str, ...]] = {}
 
-    def resolve(self, name: str) -> Model:
-        """Return the model that a name or alias stands for. Raises UnknownModel with close matches."""
-        model = self.models.get(self.aliases.get(name, name))
-        if model is None:
-            raise UnknownModel(name, difflib.get_close_matches(name, self.names(), n=3, cutoff=0.5))
-        return model
+    def resolve(self, name: str, only: frozenset[str] | None = None) -> Target:
+        """Return what a name stands for. Raises UnknownModel with close matches.
+
+        only: names that may be asked for, see `permits`; another is as unknown as one that there is not.
+        """
+        target = self.models.get(name) or self.aliases.get(name)
+        if target is None or (only is not None and not permits(only, name, target)):
+            raise UnknownModel(name, difflib.get_close_matches(name, self.names(only), n=3, cutoff=0.5))
+        return target
 
     def ready_endpoint(self, model: str, name: str) -> Endpoint | None:
         """Return an endpoint of a model, None while it takes no requests."""
         found = self.models.get(model)
         return next((e for e in found.ready() if e.name == name), None) if found else None
 
-    def names(self) -> list[str]:
-        """Return every name that can be asked for: models first, then aliases."""
-        return [*self.models, *self.aliases]
+    def names(self, only: frozenset[str] | None = None) -> list[str]:
+        """Return every name that can be asked for, or those of them that `only` permits: models first.
+
+        The virtual models are among them where there is a choice.
+        """
+        every: dict[str, Target] = {**self.models, **self.aliases}
+        shown = [name for name in every if name not in AUTO or len(self.models) > 1]
+        return shown if only is None else [name for name in shown if permits(only, name, every[name])]
 
 
-_BEST_FIRST: tuple[State, ...] = ("ready", "starting", "draining", "failed", "stopped")
+def permits(only: frozenset[str], name: str, target: Target) -> bool:
+    """Say whether a name is allowed: it is itself, what it stands for is, or one of a group's models is."""
+    if name in only:
+        return True
+    if isinstance(target, Preset):
+        return permits(only, target.of.name, target.of)
+    return not only.isdisjoint(target.members) if isinstance(target, Group) else target.name in only
+
+
+BEST_FIRST: tuple[State, ...] = ("ready", "starting", "draining", "failed", "stopped")
 
 
 def build(config: Config, fleet: FleetStatus, findings: Findings = NOTHING) -> Registry:
@@ -128,13 +182,46 @@ def build(config: Config, fleet: FleetStatus, findings: Findings = NOTHING) -> R
         else _remote(name, model, findings)
         for name, model in config.models.items()
     }
-    return Registry(models=models, aliases=config.aliases, chains=_chains(config))
+    return Registry(
+        models=models,
+        aliases=_targets(config, models),
+        chains=_chains(config),
+        routing=config.routing,
+        rules=config.rules,
+        tasks=config.tasks,
+    )
+
+
+def _targets(config: Config, models: dict[str, Model]) -> dict[str, Target]:
+    """Return what the aliases of a configuration stand for, and the virtual models."""
+    names = config.names()
+    auto: dict[str, Model | Group] = {name: Group(name, tuple(models), prefer) for name, prefer in AUTO.items()}
+    plain = {a: (models | auto)[t] for a, t in config.aliases.items() if isinstance(t, str)}
+    settings = {a: t for a, t in config.aliases.items() if isinstance(t, AliasSettings)}
+    groups: dict[str, Model | Group] = {
+        name: Group(name, tuple(map(names.model, group.any_of)), group.prefer)
+        for name, group in settings.items()
+        if group.any_of is not None
+    }
+    known = {**models, **plain, **groups, **auto}
+    presets = {name: _preset(name, preset, known[preset.model]) for name, preset in settings.items() if preset.model}
+    found: dict[str, Target] = {**plain, **groups, **presets}
+    return {name: found[name] for name in config.aliases} | auto
+
+
+def _preset(name: str, settings: AliasSettings, of: Model | Group) -> Preset:
+    defaults = {field: msgspec.Raw(msgspec.json.encode(value)) for field, value in settings.defaults.items()}
+    return Preset(name, of, settings.system, defaults)
 
 
 def _chains(config: Config) -> dict[str, tuple[str, ...]]:
     """Return the chains with their aliases resolved; an alias without one of its own has that of its model."""
-    own = {key: tuple(config.aliases.get(step, step) for step in chain) for key, chain in config.fallbacks.items()}
-    return {alias: own[model] for alias, model in config.aliases.items() if model in own} | own
+    names = config.names()
+    own = {
+        key: tuple(dict.fromkeys(model for step in chain for model in names.models_of(step)))
+        for key, chain in config.fallbacks.items()
+    }
+    return {alias: own[model] for alias in config.aliases if (model := names.model(alias)) in own} | own
 
 
 def _local(
@@ -142,7 +229,7 @@ def _local(
 ) -> Model:
     assert model.engine
     most = model.engine.max_in_flight
-    ranked = sorted(engines, key=lambda status: _BEST_FIRST.index(status.state))
+    ranked = sorted(engines, key=lambda status: BEST_FIRST.index(status.state))
     best = ranked[0] if ranked else None
     found = _found(findings, subject_of(model.engine, name), best.version if best else None)
     adapter = adapters.for_chats(model.adapter, None, system_role=found.system_role)
@@ -166,12 +253,13 @@ def _local(
         ),
         state=best.state if best else "starting",
         detail=best.detail if best else "",
-        context_length=next((s.context_length for s in ranked if s.context_length), None),
+        context_length=model.context or next((s.context_length for s in ranked if s.context_length), None),
         timeouts=model.timeouts,
         policy=Policy(frozenset(model.allow), frozenset(server.media_domains)),
         breaker=model.breaker,
         retries=model.retries,
         capabilities=found,
+        traits=model.traits(),
     )
 
 
@@ -193,12 +281,13 @@ def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
         name=name,
         endpoints=endpoints,
         state="ready",
-        context_length=capabilities.context_length,
+        context_length=capabilities.context_length if model.context is None else model.context,
         timeouts=model.timeouts,
         policy=policy,
         breaker=model.breaker,
         retries=model.retries,
         capabilities=capabilities,
+        traits=model.traits(),
     )
 
 
