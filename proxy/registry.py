@@ -76,9 +76,9 @@ def _below(base: str, ours: str) -> str:
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A model and its endpoints, with the state of the best of them. context_length: None where nobody says it.
+    """A model and its endpoints, with the state of the best of them.
 
-    capabilities: what all endpoints can do.
+    context_length: None where nobody says it. capabilities: what all endpoints can do.
     """
 
     name: str
@@ -90,8 +90,8 @@ class Model(msgspec.Struct, frozen=True):
     policy: Policy = Policy()
     breaker: BreakerSettings = BreakerSettings()
     retries: RetrySettings = RetrySettings()
-    capabilities: Capabilities = Capabilities()
     traits: Traits = Traits()
+    capabilities: Capabilities = Capabilities()
 
     def ready(self) -> tuple[Endpoint, ...]:
         """Return the endpoints that take requests now."""
@@ -258,8 +258,8 @@ def _local(
         policy=Policy(frozenset(model.allow), frozenset(server.media_domains)),
         breaker=model.breaker,
         retries=model.retries,
-        capabilities=found,
         traits=model.traits(),
+        capabilities=found,
     )
 
 
@@ -281,13 +281,13 @@ def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
         name=name,
         endpoints=endpoints,
         state="ready",
-        context_length=capabilities.context_length if model.context is None else model.context,
+        context_length=model.context or capabilities.context_length,
         timeouts=model.timeouts,
         policy=policy,
         breaker=model.breaker,
         retries=model.retries,
-        capabilities=capabilities,
         traits=model.traits(),
+        capabilities=capabilities,
     )
 
 
