@@ -193,6 +193,7 @@ class ModelSettings(Traits, frozen=True, forbid_unknown_fields=True):
     price: of its tokens; where it is left out, endpoints have that of the package genai-prices, if it knows them.
     hosting: of an engine, what its machine costs, instead of a price.
     adapter: how requests are changed for what the model cannot take; where it is left out, as the model's name tells.
+    probe: off for an engine that is not to be asked what it can do when it is first ready; `polyvox probe` still does.
     """
 
     engine: EngineSettings | None = None
@@ -206,6 +207,7 @@ class ModelSettings(Traits, frozen=True, forbid_unknown_fields=True):
     price: Price | None = None
     hosting: Hosting | None = None
     adapter: AdapterSettings | None = None
+    probe: bool = True
 
     def traits(self) -> Traits:
         """Return what the model is said to be good for, apart from the rest."""
@@ -693,15 +695,22 @@ def _check_engine(engine: EngineSettings, path: tuple[str | int, ...], source: _
 
 
 def _check_url(url: str, path: tuple[str | int, ...], source: _Source) -> None:
+    if wrong := wrong_with_url(url):
+        raise source.error(path, wrong)
+
+
+def wrong_with_url(url: str) -> str | None:
+    """Return what is wrong with the URL of an endpoint, None for nothing."""
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         valid = False
     if not valid:
-        raise source.error(path, "expected http://HOST[:PORT]/PATH or https://...")
+        return "expected http://HOST[:PORT]/PATH or https://..."
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise source.error(path, "leave user, password, query and fragment out; a key goes into api_key")
+        return "leave user, password, query and fragment out; a key goes into api_key"
+    return None
 
 
 def _check_ledger_url(url: str, source: _Source) -> None:

@@ -42,8 +42,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     max_in_flight: requests that it gets at once, None for any number. pass_timeout: whether it is told how long the
     client still waits.
     continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
-    the next, its UNIX time of being ready. capabilities: what else was found out of it. adapter: how requests are
-    changed for it; None for not at all.
+    the next, its UNIX time of being ready. capabilities: what else was found out of it, and subject under what
+    name that is kept. adapter: how requests are changed for it; None for not at all.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     max_in_flight: int | None = None
     pass_timeout: bool = True
     capabilities: Capabilities = Capabilities()
+    subject: str = ""
     adapter: Adapter | None = None
 
     def path(self, ours: str) -> str:
@@ -78,7 +79,8 @@ def _below(base: str, ours: str) -> str:
 class Model(msgspec.Struct, frozen=True):
     """A model and its endpoints, with the state of the best of them.
 
-    context_length: None where nobody says it. capabilities: what all endpoints can do.
+    context_length: None where nobody says it. capabilities: what all endpoints can do. probes: its engines are asked
+    what they can do when they are first ready.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Model(msgspec.Struct, frozen=True):
     retries: RetrySettings = RetrySettings()
     traits: Traits = Traits()
     capabilities: Capabilities = Capabilities()
+    probes: bool = False
 
     def ready(self) -> tuple[Endpoint, ...]:
         """Return the endpoints that take requests now."""
@@ -231,7 +234,8 @@ def _local(
     most = model.engine.max_in_flight
     ranked = sorted(engines, key=lambda status: BEST_FIRST.index(status.state))
     best = ranked[0] if ranked else None
-    found = _found(findings, subject_of(model.engine, name), best.version if best else None)
+    subject = subject_of(model.engine, name)
+    found = _found(findings, subject, best.version if best else None)
     adapter = adapters.for_chats(model.adapter, None, system_role=found.system_role)
     return Model(
         name=name,
@@ -246,6 +250,7 @@ def _local(
                 since=s.since,
                 continues=found.continues is not False,
                 capabilities=found,
+                subject=subject,
                 adapter=adapter,
             )
             for s in ranked
@@ -260,6 +265,7 @@ def _local(
         retries=model.retries,
         traits=model.traits(),
         capabilities=found,
+        probes=model.probe and model.engine.simulator is None,
     )
 
 
@@ -294,7 +300,8 @@ def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
 def _endpoint(
     model: str, index: int, settings: EndpointSettings, adapter: AdapterSettings | None, findings: Findings
 ) -> Endpoint:
-    found = _found(findings, subject_of(settings, model))
+    subject = subject_of(settings, model)
+    found = _found(findings, subject)
     parts = urlsplit(settings.base_url)
     return Endpoint(
         name=f"{model}/{index}",
@@ -312,6 +319,7 @@ def _endpoint(
         max_in_flight=settings.max_in_flight,
         pass_timeout=settings.pass_timeout,
         capabilities=found,
+        subject=subject,
         adapter=_adapter(settings, adapter, found, settings.model or model),
     )
 
