@@ -1,7 +1,8 @@
 """Finds out what engines can do, when they are first ready with weights, flags and a version that nobody knows yet.
 
-One worker does it for all of a server, one engine after another, and never hurries: it lets an engine that has just
-started have its first requests, and asks a question when the engine has nothing else to do, or after some patience.
+One worker does it for all of a server, one engine after another, and never hurries: it begins when nobody has asked the
+engine anything for a while, and asks each question when it has nothing else to do. Both have an end: an engine that is
+busy all day is asked all the same.
 """
 
 import asyncio
@@ -22,17 +23,18 @@ log = logging.getLogger(__name__)
 
 
 class Manners(NamedTuple):
-    """Seconds. pause: between two looks for engines to ask. settle: that an engine is left alone at first.
+    """Seconds. pause: between two looks for engines to ask. glance: between two looks whether an engine is idle.
 
-    glance: between two looks whether it is idle. patience: that a question waits for that. longest: that all questions
-    to one engine take together.
+    quiet: that it has been idle for before the first question, patience: that is waited for that. hold: that each
+    further question waits until it is idle. longest: that all takes together.
     """
 
     pause: float = 2.0
-    settle: float = 10.0
     glance: float = 0.25
-    patience: float = 15.0
-    longest: float = 600.0
+    quiet: float = 10.0
+    patience: float = 300.0
+    hold: float = 15.0
+    longest: float = 1200.0
 
 
 PATIENT = Manners()
@@ -65,29 +67,32 @@ class Discovery:
             for endpoint in _unknown(self._live.current):
                 if (endpoint.name, endpoint.since) not in self._asked:
                     self._asked.add((endpoint.name, endpoint.since))
-                    await asyncio.sleep(self._manners.settle)
                     await self._ask(endpoint)
 
     async def _ask(self, endpoint: Endpoint) -> None:
         """Ask one engine. Whatever goes wrong is no reason to stop: it is asked again when it has started anew."""
-        transport = self._transport_to(endpoint)
+        transport, manners = self._transport_to(endpoint), self._manners
         idle = partial(self._until_idle, endpoint, transport)
         try:
-            async with asyncio.timeout(self._manners.longest):
-                finding = await probe(endpoint, transport, spend=0, ready=idle)
+            async with asyncio.timeout(manners.longest):
+                await idle(manners.quiet, manners.patience)
+                finding = await probe(endpoint, transport, spend=0, ready=lambda: idle(0.0, manners.hold))
             self._folder.write(endpoint.subject, finding)
         except (ProbeFailed, TimeoutError, OSError) as e:
             log.info("%s could not be asked what it can do: %s", endpoint.name, e or type(e).__name__)
 
-    async def _until_idle(self, endpoint: Endpoint, transport: Transport) -> None:
-        """Wait until an engine has no requests, but not for ever: one that is busy all day can be asked as well."""
-        waited = 0.0
-        while waited < self._manners.patience:
+    async def _until_idle(self, endpoint: Endpoint, transport: Transport, quiet: float, patience: float) -> None:
+        """Wait until an engine has had no requests for `quiet` seconds, `patience` seconds at most."""
+        glance = self._manners.glance
+        idle = waited = 0.0
+        while waited < patience:
             said = await gauging.ask(endpoint, transport)
-            if said is None or said.running + said.waiting == 0:
+            if said is not None and said.running + said.waiting:
+                idle = 0.0
+            elif idle >= quiet:
                 return
-            await asyncio.sleep(self._manners.glance)
-            waited += self._manners.glance
+            await asyncio.sleep(glance)
+            idle, waited = idle + glance, waited + glance
 
 
 def _unknown(registry: Registry) -> list[Endpoint]:

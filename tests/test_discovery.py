@@ -16,7 +16,7 @@ from proxy.transport.local import LocalTransport
 from tests.fakes.able_server import AbleServer, able_server
 from tests.fakes.scripted_upstream import eventually
 
-QUICK = Manners(pause=0.001, settle=0.001, glance=0.001, patience=0.02, longest=20.0)
+QUICK = Manners(pause=0.001, glance=0.001, quiet=0.005, patience=0.02, hold=0.002, longest=20.0)
 ENGINE = EngineSettings(weights="a/b")
 LOCAL = ModelSettings(engine=ENGINE)
 SUBJECT = subject_of(ENGINE, "there")
@@ -125,7 +125,7 @@ def test_questions_wait_while_an_engine_has_something_to_do(tmp_path):
     async def patient() -> None:
         async with able_server(running=1) as able:
             transport, folder = LocalTransport(able.address), Folder(tmp_path)
-            manners = QUICK._replace(patience=20.0)
+            manners = QUICK._replace(patience=20.0, hold=20.0)
             discovery = Discovery(live_of(LOCAL, able.address), lambda _: transport, folder, manners)
             running = asyncio.create_task(discovery.run())
             try:
