@@ -76,6 +76,8 @@ class Discovery:
         try:
             async with asyncio.timeout(manners.longest):
                 await idle(manners.quiet, manners.patience)
+                if endpoint.subject not in {e.subject for e in _unknown(self._live.current)}:
+                    return  # somebody else has asked it, or it is gone
                 finding = await probe(endpoint, transport, spend=0, ready=lambda: idle(0.0, manners.hold))
             self._folder.write(endpoint.subject, finding)
         except (ProbeFailed, TimeoutError, OSError) as e:

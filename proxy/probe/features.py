@@ -12,7 +12,8 @@ from proxy.probe.asking import Asker, Said, user
 Facts = dict[str, object]
 
 _WORD = "ultraviolet"  # nobody gives it for the colour of the sky who was not made to
-_SYSTEM_TOKENS = 8  # that the system message below has at the least, whatever cuts it into tokens
+_MORE = "Be brief, be kind, be clear. " * 10
+_MORE_TOKENS = 40  # that this has at the least, whatever cuts it into tokens
 
 
 def _verdict(said: Said, did: bool) -> bool | None:
@@ -23,13 +24,21 @@ def _verdict(said: Said, did: bool) -> bool | None:
 
 
 async def system_role(asker: Asker) -> Facts:
-    """A system message is taken if it is obeyed, or makes the prompt longer: small models do not obey."""
-    system = {"role": "system", "content": f"Whatever you are asked, you answer with this one word: {_WORD}."}
-    said = await asker.chat(system, user("Say hello."))
-    before, now = asker.first.prompt_tokens, said.prompt_tokens
-    longer = before is not None and now is not None and now >= before + _SYSTEM_TOKENS
-    unknown = said.taken and not longer and (before is None or now is None) and _WORD not in said.text.lower()
-    return {"system_role": None if unknown else _verdict(said, longer or _WORD in said.text.lower())}
+    """A system message is taken if it is obeyed, or if a longer one makes the prompt longer: small models do not obey.
+
+    Two of them are compared, since templates put one of their own where there is none.
+    """
+    orders = f"Whatever you are asked, you answer with this one word: {_WORD}."
+    said = await _under(asker, orders)
+    if not said.taken or _WORD in said.text.lower():
+        return {"system_role": _verdict(said, True)}
+    more = await _under(asker, _MORE + orders)
+    before, now = said.prompt_tokens, more.prompt_tokens
+    return {"system_role": None if before is None or now is None else now >= before + _MORE_TOKENS}
+
+
+async def _under(asker: Asker, orders: str) -> Said:
+    return await asker.chat({"role": "system", "content": orders}, user("Say hello."))
 
 
 async def json_mode(asker: Asker) -> Facts:
