@@ -28,7 +28,7 @@ from proxy.errors import UnknownModel
 from proxy.forbidden import Policy
 from proxy.naming import AUTO, AliasSettings, Prefer
 from proxy.prompts import adapters, rendering
-from proxy.prompts.adapters import Adapter, AdapterSettings
+from proxy.prompts.adapters import Adapter
 from proxy.rules import RoutingSettings, Rule
 from proxy.traits import Traits
 
@@ -278,9 +278,7 @@ def _found(findings: Findings, subject: str, version: str | None = None) -> Capa
 
 
 def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
-    endpoints = tuple(
-        _endpoint(name, i, settings, model.adapter, findings) for i, settings in enumerate(model.endpoints)
-    )
+    endpoints = tuple(_endpoint(name, i, settings, model, findings) for i, settings in enumerate(model.endpoints))
     capabilities = shared(e.capabilities for e in endpoints)
     policy = Policy(frozenset(model.allow), None)
     return Model(
@@ -297,9 +295,7 @@ def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
     )
 
 
-def _endpoint(
-    model: str, index: int, settings: EndpointSettings, adapter: AdapterSettings | None, findings: Findings
-) -> Endpoint:
+def _endpoint(model: str, index: int, settings: EndpointSettings, of: ModelSettings, findings: Findings) -> Endpoint:
     subject = subject_of(settings, model)
     found = _found(findings, subject)
     parts = urlsplit(settings.base_url)
@@ -320,21 +316,20 @@ def _endpoint(
         pass_timeout=settings.pass_timeout,
         capabilities=found,
         subject=subject,
-        adapter=_adapter(settings, adapter, found, settings.model or model),
+        adapter=_adapter(settings, of, found, settings.model or model),
     )
 
 
 _CONTINUES = ("anthropic", TEXT_ONLY)
 
 
-def _adapter(
-    settings: EndpointSettings, configured: AdapterSettings | None, found: Capabilities, name: str
-) -> Adapter | None:
+def _adapter(settings: EndpointSettings, of: ModelSettings, found: Capabilities, name: str) -> Adapter | None:
     if settings.provider == TEXT_ONLY:
-        template = adapters.template_name(configured, name)
-        return adapters.for_text(configured, name, rendering.shipped(template) if template else "")
-    images = None if found.modalities is None else "image" in found.modalities
-    return adapters.for_chats(configured, name, system_role=found.system_role, images=images)
+        template = adapters.template_name(of.adapter, name)
+        return adapters.for_text(of.adapter, name, rendering.shipped(template) if template else "")
+    modalities = of.modalities or found.modalities
+    images = None if modalities is None else "image" in modalities
+    return adapters.for_chats(of.adapter, name, system_role=found.system_role, images=images)
 
 
 def _first(configured: bool | None, found: bool | None, otherwise: bool) -> bool:

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
+import httpx2
 import pytest
 
 from tests.fakes.able_server import AbleServer, able_server
+from tests.serving import Server, eventually, serve
 
 CONFIG = """\
 models:
@@ -107,3 +109,20 @@ def test_what_cannot_be_asked_is_told_with_its_reason(tmp_path, args, status, sa
     done = polyvox(tmp_path, "probe", *args, "-c", config)
     assert done.returncode == status, done.stderr
     assert said in done.stderr
+
+
+def test_a_running_server_goes_by_what_is_found(tmp_path):
+    models = {"cloud": {"endpoints": [{"base_url": "", "model": "there"}]}, "other": {"engine": {"simulator": {}}}}
+    with serving(tells_limit=True, context=2000) as able:
+        models["cloud"]["endpoints"][0]["base_url"] = f"{able.address}/v1"
+        with serve({"server": {"workers": 2}, "models": models}, tmp_path) as server:
+            assert lengths(server) == {None}
+            done = polyvox(tmp_path, "probe", "cloud", "-c", str(server.config))
+            assert done.returncode == 0, done.stderr
+            eventually(lambda: lengths(server) == {2000}, 20.0)
+
+
+def lengths(server: Server) -> set[int | None]:
+    """The context length of the model, asked for so often that each worker has answered."""
+    cards = [httpx2.get(f"{server.base_url}/v1/models/cloud").json() for _ in range(20)]
+    return {card["max_model_len"] for card in cards}

@@ -82,15 +82,24 @@ def _read(decode: Any, document: bytes, within: str = "") -> Any:
 
 def _adapted_messages(body: bytes, adapter: Adapter) -> list[Message] | None:
     """Return the messages as the model takes them, None if it takes them as they are."""
-    raw = _top(body).get("messages")
-    if raw is None:
-        return None  # whoever answers says so
+    if not _may_need_change(body, adapter) or (raw := _top(body).get("messages")) is None:
+        return None
     given = bytes(raw)
     if not adapter.images and b"image" in given:
         refuse_images(_read(_messages, given, "messages"))
     if not _needs_change([m.role for m in _read(_roles, given, "messages")], adapter):
         return None
     return rewritten(_read(_messages, given, "messages"), adapter)
+
+
+def _may_need_change(body: bytes, adapter: Adapter) -> bool:
+    """Say whether messages have to be looked at, from words that stand in whatever needs a change."""
+    return (
+        adapter.alternate
+        or (not adapter.images and b"image" in body)
+        or (adapter.merge_system and b"system" in body)
+        or (adapter.developer_is_system and b"developer" in body)
+    )
 
 
 def _needs_change(roles: list[str], adapter: Adapter) -> bool:

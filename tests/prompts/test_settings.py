@@ -71,3 +71,11 @@ def test_an_engine_gets_messages_as_they_are_unless_it_is_configured(tmp_path, a
     (endpoint,) = registry.build(loaded.config, FleetStatus(version=1, engines=(engine,))).models["gemma"].endpoints
     assert bool(endpoint.adapter and endpoint.adapter.merge_system) is merges
     assert merges or endpoint.adapter is None
+
+
+@pytest.mark.parametrize(("modalities", "refuses"), [("", False), ("[text]", True), ("[text, image]", False)])
+def test_pictures_are_refused_where_a_models_modalities_have_none(tmp_path, modalities, refuses):
+    said = f"    modalities: {modalities}\n" if modalities else ""
+    loaded = load(tmp_path, "models:\n  m:\n    endpoints: [{base_url: 'http://x/v1'}]\n" + said)
+    (endpoint,) = registry.build(loaded.config, FleetStatus(version=0)).models["m"].endpoints
+    assert bool(endpoint.adapter and not endpoint.adapter.images) is refuses

@@ -13,7 +13,7 @@ from proxy.config import Config, EndpointSettings, ModelSettings
 from proxy.errors import BadRequest, MalformedAnswer, PathNotServed, TruncatedAnswer
 from proxy.prompts.adapters import AdapterSettings
 from proxy.providers.completions.answer import Chunks, chat_completion
-from tests.fakes.one_worker import JSON, proxying, text_of
+from tests.fakes.one_worker import JSON, ROLE, event, proxying, text_of
 from tests.fakes.scripted_upstream import Step, ok, upstream
 from tests.providers.asking import asked, endpoint, sent
 
@@ -203,3 +203,25 @@ def test_a_client_streams_a_chat_from_a_server_of_text():
     assert text_of(answer.text) == "Hello"
     assert "usage" not in answer.text  # we asked for it, the client did not
     assert got["stream_options"]["include_usage"] is True
+
+
+def test_a_chat_that_broke_elsewhere_goes_on_at_a_server_of_text():
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+    broken = [head, ROLE, event(content="Once "), event(content="upon"), Step.RESET]
+    rest = [head, piece(" a"), piece(" time", finish="stop"), DONE, Step.CLOSE]
+
+    async def story() -> None:
+        async with upstream(broken) as chats, upstream(rest) as texts:
+            there = (
+                EndpointSettings(base_url=f"{chats.address}/v1", weight=1.0),
+                EndpointSettings(base_url=f"{texts.address}/v1", provider="completions", weight=1.0, model="qwen"),
+            )
+            first, then = (ModelSettings(endpoints=(each,)) for each in there)
+            config = Config(models={"m": first, "n": then}, fallbacks={"m": ("n",)})
+            providers.prepare(config)
+            async with proxying(config) as proxy:
+                answer = await proxy.ask(stream=True)
+            assert text_of(answer.text) == "Once upon a time"
+            assert json.loads(texts.requests[0].body)["prompt"].endswith("<|im_start|>assistant\nOnce upon")
+
+    asyncio.run(story())
