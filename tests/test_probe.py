@@ -1,21 +1,30 @@
 """What servers can do is found out by asking them, however they say no."""
 
 import asyncio
+import itertools
 from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engines.spec import FleetStatus
 from proxy import registry
 from proxy.capabilities import Capabilities, Finding
 from proxy.config import Config, EndpointSettings, ModelSettings, Secret
 from proxy.errors import ProbeFailed
-from proxy.probe import probe, streams
+from proxy.probe import STEPS, context, probe, streams
 from proxy.probe.asking import Said
 from proxy.prompts.adapters import AdapterSettings
 from proxy.registry import Endpoint
 from proxy.transport.local import LocalTransport
 from tests.fakes.able_server import AbleServer, able_server
+
+KEYS = (
+    "choices", "message", "delta", "content", "tool_calls", "logprobs", "finish_reason", "usage", "prompt_tokens",
+    "completion_tokens", "data", "id", "max_model_len", "meta", "version", "error",
+)  # fmt: skip
 
 
 def endpoint(address: str, adapter: AdapterSettings | None = None, **settings: Any) -> Endpoint:
@@ -25,11 +34,11 @@ def endpoint(address: str, adapter: AdapterSettings | None = None, **settings: A
 
 
 def asked(
-    lines: list[str] | None = None, spend: int = 0, settings: dict[str, Any] | None = None, **server: Any
+    lines: list[str] | None = None, spend: int = 0, configured: dict[str, Any] | None = None, **server: Any
 ) -> tuple[Finding, AbleServer]:
     async def story() -> tuple[Finding, AbleServer]:
         async with able_server(**server) as able:
-            there = endpoint(able.address, **(settings or {}))
+            there = endpoint(able.address, **(configured or {}))
             transport = LocalTransport(there.address)
             try:
                 say = (lines if lines is not None else []).append
@@ -136,7 +145,7 @@ def test_a_model_that_wants_other_limits_is_asked_in_its_way():
 
 def test_the_adapter_of_a_model_keeps_its_ranges_and_hides_nothing():
     adapter = AdapterSettings(temperature=(0.5, 1.0), merge_system=True)
-    found, able = asked(settings={"adapter": adapter}, ways={"system_role": "refuses"})
+    found, able = asked(configured={"adapter": adapter}, ways={"system_role": "refuses"})
     assert found.capabilities.system_role is False
     assert {request["temperature"] for request in able.requests} == {0.5}
 
@@ -190,8 +199,65 @@ def test_a_text_is_cut_before_a_word_near_its_middle():
     assert text[cut] == " " and text[cut - 1] != " " and abs(cut - len(text) / 2) < 8
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+bodies = st.dictionaries(st.sampled_from(KEYS), json_values, max_size=5)
+
+
+class Anything:
+    """Answers whatever it is asked with what it was given, in turn."""
+
+    def __init__(self, answers: list[Said]) -> None:
+        self._answers = itertools.cycle(answers)
+        self.endpoint = endpoint("http://127.0.0.1:1")
+
+    async def chat(self, *messages: object, **fields: object) -> Said:
+        return next(self._answers)
+
+    async def get(self, path: str) -> Said:
+        return next(self._answers)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.builds(
+            Said, st.sampled_from([0, 200, 200, 400, 500]), bodies, st.tuples(st.tuples(st.floats(0, 9), bodies))
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_whatever_a_server_answers_something_is_found(answers):
+    async def story() -> None:
+        facts: dict[str, object] = {}
+        for step in STEPS:
+            facts |= await step(Anything(answers))
+        msgspec.convert(facts, Capabilities)
+        await context.listed(Anything(answers))
+        await context.tried_out(Anything(answers), 10_000, lambda line: None)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("counted", [0, -5, 1])
+def test_a_server_that_counts_nonsense_does_not_lead_on_for_ever(counted):
+    answer = Said(200, {"usage": {"prompt_tokens": counted}})
+    said = asyncio.run(context.tried_out(Anything([answer]), 100_000, lambda line: None))
+    assert said in (None, 1)
+
+
+def test_a_server_that_is_too_busy_is_asked_again_when_it_says():
+    found, able = asked(too_busy=2)
+    assert found.capabilities.system_role is True
+    assert len(able.requests) > 2
+
+
 def test_the_key_goes_to_the_server_and_into_no_line():
     lines: list[str] = []
-    found, _ = asked(lines, settings={"api_key": Secret("sk-secret")}, key="sk-secret")
+    found, _ = asked(lines, configured={"api_key": Secret("sk-secret")}, key="sk-secret")
     assert found.capabilities.tools is True
     assert "sk-secret" not in "\n".join(lines)

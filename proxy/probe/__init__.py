@@ -57,7 +57,7 @@ async def probe(
         return Finding(endpoint.serves, Capabilities(context_length=listed.context_length), time(), version)
     say(f"chat: yes{f', version {version}' if version else ''}")
     facts: Facts = {"context_length": listed.context_length}
-    for step in _STEPS:
+    for step in STEPS:
         found = await step(asker)
         facts.update(found)
         for name, value in found.items():
@@ -85,7 +85,7 @@ def _some(names: tuple[str, ...], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-_STEPS: tuple[Callable[[Asker], Awaitable[Facts]], ...] = (
+STEPS: tuple[Callable[[Asker], Awaitable[Facts]], ...] = (
     features.system_role,
     features.json_mode,
     features.json_schema,

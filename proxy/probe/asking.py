@@ -1,5 +1,6 @@
 """One way to ask an endpoint: through its provider, as clients' requests go, and past everything that counts those."""
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,11 +13,13 @@ from proxy.providers import Asked
 from proxy.registry import Endpoint
 from proxy.transport import Answer, Headers, Timeouts, Transport, content_type
 
-_TIMEOUTS = Timeouts(connect=5.0, first_byte=60.0, between_bytes=30.0)
+_TIMEOUTS = Timeouts(connect=5.0, first_byte=300.0, between_bytes=60.0)  # some load a model when it is first asked for
+_TOO_MANY = 429
 _LARGEST = 4 * 1024 * 1024  # bytes of an answer
 _CHAT = "/v1/chat/completions"
 _REQUEST_ID = b"polyvox-probe"
-_TRIES = 2  # of a question that the server failed at
+_TRIES = 3  # of a question that the server failed at, or was too busy for
+_LONGEST_WAIT = 20.0  # seconds, whatever a server that is too busy says
 
 # How a request may be limited. Models that reason have other names for it, and one temperature.
 _MANNERS: tuple[dict[str, Any], ...] = (
@@ -27,7 +30,7 @@ _MANNERS: tuple[dict[str, Any], ...] = (
 
 
 class Said(msgspec.Struct, frozen=True):
-    """An answer. status: 0 where there was none. problem: what went wrong, for a person.
+    """An answer. status: 0 where there was none. problem: what went wrong, for a person. wait: seconds, if it was busy.
 
     events: those of a stream, with the time of each, by the monotonic clock.
     """
@@ -36,6 +39,7 @@ class Said(msgspec.Struct, frozen=True):
     body: dict[str, Any] = {}
     events: tuple[tuple[float, dict[str, Any]], ...] = ()
     problem: str = ""
+    wait: float = 0.0
 
     @property
     def taken(self) -> bool:
@@ -53,13 +57,17 @@ class Said(msgspec.Struct, frozen=True):
 
     @property
     def choice(self) -> dict[str, Any]:
-        choices = self.body.get("choices")
-        return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        match self.body:
+            case {"choices": [{**choice}, *_]}:
+                return choice
+        return {}
 
     @property
     def message(self) -> dict[str, Any]:
-        message = self.choice.get("message")
-        return message if isinstance(message, dict) else {}
+        match self.choice:
+            case {"message": {**message}}:
+                return message
+        return {}
 
     @property
     def text(self) -> str:
@@ -68,9 +76,10 @@ class Said(msgspec.Struct, frozen=True):
 
     @property
     def prompt_tokens(self) -> int | None:
-        usage = self.body.get("usage")
-        tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        return tokens if isinstance(tokens, int) else None
+        match self.body:
+            case {"usage": {"prompt_tokens": int(tokens)}} if tokens > 0:
+                return tokens
+        return None
 
 
 class Asker:
@@ -114,8 +123,9 @@ class Asker:
         said = Said(0)
         for _ in range(_TRIES):
             said = await self._post(_CHAT, wire.encode(body))
-            if not said.failed:
+            if not said.failed and said.status != _TOO_MANY:
                 break
+            await asyncio.sleep(said.wait)
         return said
 
     async def get(self, path: str) -> Said:
@@ -160,7 +170,9 @@ class Asker:
         if answer.status == 200 and content_type(answer.headers).lower().startswith(b"text/event-stream"):
             return Said(200, events=await self._events(answer))
         body = _object(await answer.read(_LARGEST))
-        return Said(answer.status, body, problem="" if answer.status == 200 else _problem(answer.status, body))
+        problem = "" if answer.status == 200 else _problem(answer.status, body)
+        wait = _wait(answer.headers) if answer.status == _TOO_MANY else 0.0
+        return Said(answer.status, body, problem=problem, wait=wait)
 
     async def _events(self, answer: Answer) -> tuple[tuple[float, dict[str, Any]], ...]:
         events, seen = sse.Events(), []
@@ -180,6 +192,12 @@ def _object(data: bytes) -> dict[str, Any]:
         found = msgspec.json.decode(data)
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def _wait(headers: Headers) -> float:
+    """Return the seconds that a server asks to be left alone for; two if it does not say."""
+    said = next((value for name, value in headers if name == b"retry-after"), b"2")
+    return min(float(said), _LONGEST_WAIT) if said.isdigit() else _LONGEST_WAIT
 
 
 def _problem(status: int, body: dict[str, Any]) -> str:

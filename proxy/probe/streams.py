@@ -28,18 +28,23 @@ def speed(said: Said) -> float | None:
     times = [at for at, event in said.events if _says_something(event)]
     if len(times) < _FEWEST or times[-1] <= times[0]:
         return None
-    counts = [
-        usage.get("completion_tokens") for _, event in said.events if isinstance(usage := event.get("usage"), dict)
-    ]
-    tokens = counts[-1] if counts and isinstance(counts[-1], int) else len(times)
+    counts = [tokens for _, event in said.events if (tokens := _counted(event))]
+    tokens = counts[-1] if counts else len(times)
     return round((tokens - 1) / (times[-1] - times[0]), 1)
 
 
 def _says_something(event: dict[str, object]) -> bool:
-    choices = event.get("choices")
-    return isinstance(choices, list) and any(
-        isinstance(c, dict) and (c.get("delta") or {}).get("content") for c in choices
-    )
+    match event:
+        case {"choices": [{"delta": {"content": str(text)} | {"reasoning_content": str(text)}}, *_]}:
+            return bool(text)
+    return False
+
+
+def _counted(event: dict[str, object]) -> int | None:
+    match event:
+        case {"usage": {"completion_tokens": int(tokens)}}:
+            return tokens
+    return None
 
 
 async def continuation(asker: Asker) -> Facts:

@@ -18,7 +18,10 @@ ANSWERS = {
 
 @dataclass
 class AbleServer:
-    """ways: what it does with each feature. context: words that a prompt may have. running: requests of others."""
+    """ways: what it does with each feature. context: words that a prompt may have. running: requests of others.
+
+    too_busy: answers of 429 that it begins with.
+    """
 
     ways: dict[str, Way] = field(default_factory=dict)
     context: int = 100_000
@@ -33,6 +36,7 @@ class AbleServer:
     key: str = ""
     temperature: bool = True
     running: int = 0
+    too_busy: int = 0
     address: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     heard: list[str] = field(default_factory=list)
@@ -69,6 +73,9 @@ class AbleServer:
             return _document(200, {"version": self.version})
         if path != "/v1/chat/completions" or not self.chats:
             return _document(404, {"error": {"message": "Not Found"}})
+        if self.too_busy:
+            self.too_busy -= 1
+            return _document(429, {"error": {"message": "Too Many Requests"}}, "retry-after: 0\r\n")
         asked = json.loads(body)
         self.requests.append(asked)
         return self._chat(asked)
@@ -162,9 +169,9 @@ def _features(asked: dict[str, Any]) -> list[str]:
     return [feature for feature, there in present.items() if there]
 
 
-def _document(status: int, body: dict[str, Any] | str) -> bytes:
+def _document(status: int, body: dict[str, Any] | str, more: str = "") -> bytes:
     data = (body if isinstance(body, str) else json.dumps(body)).encode()
-    head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n{more}\r\n"
     return head.encode() + data
 
 
