@@ -243,11 +243,10 @@ def test_whatever_a_server_answers_something_is_found(answers):
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("counted", [0, -5, 1])
+@pytest.mark.parametrize("counted", [0, -5, 1, 9, True, None])
 def test_a_server_that_counts_nonsense_does_not_lead_on_for_ever(counted):
     answer = Said(200, {"usage": {"prompt_tokens": counted}})
-    said = asyncio.run(context.tried_out(Anything([answer]), 100_000, lambda line: None))
-    assert said in (None, 1)
+    assert asyncio.run(context.tried_out(Anything([answer]), 100_000, lambda line: None)) is None
 
 
 def test_a_server_that_is_too_busy_is_asked_again_when_it_says():

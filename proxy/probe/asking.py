@@ -58,14 +58,14 @@ class Said(msgspec.Struct, frozen=True):
     @property
     def choice(self) -> dict[str, Any]:
         match self.body:
-            case {"choices": [{**choice}, *_]}:
+            case {"choices": [dict(choice), *_]}:
                 return choice
         return {}
 
     @property
     def message(self) -> dict[str, Any]:
         match self.choice:
-            case {"message": {**message}}:
+            case {"message": dict(message)}:
                 return message
         return {}
 

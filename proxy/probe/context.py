@@ -14,6 +14,7 @@ _IN_WORDS = re.compile(r"(?:context (?:length|window|size)|maximum|limit)[^0-9]{
 
 _FIRST = 1024  # words of the first prompt that is tried
 _CLOSE = 1.02  # the refused prompt is so much longer than the taken one when the search ends
+_FEWEST = 0.25  # tokens of a word; what counts less does not count
 _GROWTH = 0.9  # of what it should have grown by: a prompt that did not is one that the server cut
 
 
@@ -88,7 +89,7 @@ async def tried_out(asker: Asker, spend: int, say: Callable[[str], None]) -> int
             say(f"context length: more than {round(search.taken * search.per_word)}; trying more would cost too much")
             return None
         said = await asker.chat(user("a " * words), longest=1)
-        if not said.refused and said.prompt_tokens is None:
+        if not said.refused and (said.prompt_tokens or 0) < _FEWEST * words:
             return None
         if (told := _limit_told(said, words) or _limit_shown(said, words, search)) is not None:
             return told
