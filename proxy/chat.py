@@ -1,6 +1,5 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
-from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from proxy.dispatch import Dispatcher, Inquiry
 from proxy.errors import BadRequest
 from proxy.fallback import Walk
 from proxy.providers import Asked
-from proxy.registry import Group, Model, Preset, Registry
+from proxy.registry import Model, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -70,33 +69,24 @@ class Chat:
         asked = _asked(request, envelope, form=form)
         if isinstance(target, Preset):
             asked, target = _with_preset(asked, target), target.of
-        if not isinstance(target, Model) or wishes.FIELD in envelope.fields:
-            return await self._routed(registry, target, asked, request, exchange)
-        forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
-        chain = registry.chains.get(envelope.model, ())
-        if request.models is not None:
-            chain = tuple(name for name in chain if name in request.models)
-        return await self._walk(asked, target, chain, request, exchange)
-
-    async def _routed(
-        self, registry: Registry, target: Model | Group, asked: Asked, request: Incoming, exchange: Exchange
-    ) -> Reply:
-        """Answer a request for which the router chooses."""
-        routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
-        exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
-        model = registry.models[routed.plan.models[0]]
-        reply = await self._walk(_without_wishes(asked), model, routed.chain, request, exchange)
-        if routed.explains:
-            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.chain)),)
-        return reply
-
-    def _walk(
-        self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange
-    ) -> Awaitable[Reply]:
+        routed = None
+        if isinstance(target, Model) and wishes.FIELD not in envelope.fields:
+            forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
+            model, chain = target, registry.chains.get(envelope.model, ())
+            if request.models is not None:
+                chain = tuple(name for name in chain if name in request.models)
+        else:
+            routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
+            asked, model, chain = _without_wishes(asked), registry.models[routed.models[0]], routed.models[1:]
+            exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
         exchange.model = model.name
-        if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
+        if envelope.stream and (options := asked.envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
-        return Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        chosen = not isinstance(target, Model)
+        reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
+        if routed is not None and routed.explains:
+            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.models)),)
+        return reply
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
@@ -111,7 +101,7 @@ class Chat:
             fields = presets.applied(target, path, dict(envelope.fields))
             envelope, target = msgspec.structs.replace(envelope, fields=fields), target.of
         routed = self._dispatcher.consider(registry, target, _inquiry(path, envelope, request))
-        return explanation.full(routed.plan, routed.chain, envelope.model)
+        return explanation.full(routed.plan, routed.models, envelope.model)
 
 
 def _inquiry(path: str, envelope: wire.Envelope, request: Incoming) -> Inquiry:
