@@ -284,12 +284,12 @@ def explain_route(
     **said: Any,
 ) -> None:
     """Show which model of the running server would answer PROMPT, every candidate, its score, why it was dropped."""
-    from proxy import asking
+    from proxy import explaining
 
     address = said.pop("url") or _address(state_dir, data_dir)
-    key = said.pop("api_key") or asking.first_key(config or default_config())
-    question = asking.Question(address, key, prompt, model or given or "auto", asking.routing(**said))
-    _finish(lambda: asking.show(asking.ask(question), as_json=as_json))
+    key = said.pop("api_key") or explaining.first_key(config or default_config())
+    question = explaining.Question(address, key, prompt, model or given or "auto", explaining.routing(**said))
+    _finish(lambda: explaining.show(explaining.ask(question), as_json=as_json))
 
 
 def _address(state_dir: Path | None, data_dir: Path | None) -> str:

@@ -6,12 +6,14 @@ from typing import Any
 import msgspec
 
 from proxy import accounting, explanation, forbidden, limits, presets, wire, wishes
+from proxy.asking import Placed
 from proxy.deadline import Deadline
 from proxy.dispatch import Dispatcher, Inquiry
+from proxy.ensemble import FanOut
 from proxy.errors import BadRequest
 from proxy.fallback import Walk
 from proxy.providers import Asked
-from proxy.registry import Model, Preset
+from proxy.registry import Ensemble, Model, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -58,6 +60,8 @@ class Chat:
         2. Find what stands behind the name; put a preset in.
         3. Find the model, which the router does where there are several; refuse what it may not be asked.
         4. Walk from endpoint to endpoint until one answers, under the name that was asked for.
+
+        An ensemble does 2 to 4 for each of its members.
         """
         kind = content_type(request.headers) if request.path in _FORMS else b""
         form = kind.lower().startswith(b"multipart/form-data")
@@ -67,6 +71,8 @@ class Chat:
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
         exchange.alias = envelope.model
         asked = _asked(request, envelope, form=form)
+        if isinstance(target, Ensemble):
+            return await self._together(target, asked, request, exchange)
         if isinstance(target, Preset):
             asked, target = _with_preset(asked, target), target.of
         routed = None
@@ -88,6 +94,31 @@ class Chat:
             reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.models)),)
         return reply
 
+    async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
+        """Answer a request with several models."""
+        exchange.model = target.name
+        if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
+            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
+        return await FanOut(self._ways, target.settings, asked, exchange, self._place, request.deadline).answer()
+
+    def _place(self, name: str, asked: Asked) -> Placed:
+        """Return where a request goes that an ensemble makes, and what it then is. Raises RequestError."""
+        registry = self._ways.live.current
+        target = registry.resolve(name)
+        if isinstance(target, Preset):
+            asked, target = _with_preset(asked, target), target.of
+        assert not isinstance(target, Ensemble), "the configuration has no ensemble in another"
+        if isinstance(target, Model):
+            forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
+            return Placed(_without_wishes(asked), target, registry.chains.get(name, ()))
+        routed = self._dispatcher.route(
+            registry, target, Inquiry(asked.path, asked.envelope.fields, asked.headers, name)
+        )
+        first, *others = routed.models
+        alternatives = tuple(name for name in others if name in target.members)
+        learn = partial(self._dispatcher.learn, routed.plan.features.tokens)
+        return Placed(_without_wishes(asked), registry.models[first], others, alternatives, learn)
+
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
         envelope = wire.read_json(request.body, model="auto")
@@ -100,6 +131,12 @@ class Chat:
         if isinstance(target, Preset):
             fields = presets.applied(target, path, dict(envelope.fields))
             envelope, target = msgspec.structs.replace(envelope, fields=fields), target.of
+        if isinstance(target, Ensemble):
+            raise BadRequest(
+                f"model: {target.name!r} is an ensemble, which asks all its members: "
+                f"{', '.join(target.settings.members)}.",
+                param="model",
+            )
         routed = self._dispatcher.consider(registry, target, _inquiry(path, envelope, request))
         return explanation.full(routed.plan, routed.models, envelope.model)
 
