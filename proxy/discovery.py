@@ -89,8 +89,8 @@ class Discovery:
         idle = waited = 0.0
         while waited < patience:
             said = await gauging.ask(endpoint, transport)
-            if said is not None and said.running + said.waiting:
-                idle = 0.0
+            if said is None or said.running + said.waiting:
+                idle = 0.0  # or it does not answer at all
             elif idle >= quiet:
                 return
             await asyncio.sleep(glance)

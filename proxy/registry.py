@@ -42,9 +42,9 @@ class Endpoint(msgspec.Struct, frozen=True):
     stream_usage: whether it can be asked what a stream used. provider, api_version, options: see EndpointSettings.
     max_in_flight: requests that it gets at once, None for any number. pass_timeout: whether it is told how long the
     client still waits.
-    continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
-    the next, its UNIX time of being ready. capabilities: what else was found out of it, and subject under what
-    name that is kept. adapter: how requests are changed for it; None for not at all.
+    continues: whether a chat that broke elsewhere can go on there; every engine of ours can try. since: what tells one
+    process at the address from the next, its UNIX time of being ready. capabilities: what else was found out of it, and
+    subject under what name that is kept. adapter: how requests are changed for it; None for not at all.
     """
 
     name: str
@@ -259,7 +259,6 @@ def _local(
                 state=s.state,
                 max_in_flight=most,
                 since=s.since,
-                continues=found.continues is not False,
                 capabilities=found,
                 subject=subject,
                 adapter=adapter,
