@@ -47,7 +47,9 @@ def parse(asked: Mapping[str, str], model_called: Callable[[str], str]) -> Purge
     """
     for name in asked:
         if name not in ("model", "key_prefix"):
-            raise BadRequest(f"unknown parameter {name!r}; known: model, key_prefix", param=name, code="invalid_parameter")
+            raise BadRequest(
+                f"unknown parameter {name!r}; known: model, key_prefix", param=name, code="invalid_parameter"
+            )
     prefix = asked.get("key_prefix", "").lower()
     if not _HEX(prefix):
         raise BadRequest(
