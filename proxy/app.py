@@ -1,6 +1,7 @@
 """The composition root of a proxy worker: builds everything, and closes it in reverse order."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from litestar.types import ASGIApp
@@ -20,6 +21,7 @@ from proxy.probe import LiveRegistry, watch_fleet
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
+from proxy.shared import Slot, Slots
 from proxy.telemetry import Sink
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
@@ -95,11 +97,16 @@ def make_books(config: Config, folder: Path, prices: Prices) -> Books | None:
     return Books(Place(settings, folder), prices.known) if settings else None
 
 
-def make_board(config: Config, worker: int = 0, memory: int = -1) -> Board:
-    """Return the part of a worker in the memory behind a descriptor, in which all see each other's load."""
+def slots_of(config: Config, given: Sequence[Slot] = ()) -> Slots:
+    """Return what has room in shared memory: what was given some before, and the models of a configuration."""
     names = config.endpoint_names()
     learning = [name for name in names if len(names[name]) > 1 and config.models[name].balance == "predicted_ttft"]
-    return Board(names, learning, config.server.workers, worker, memory)
+    return Slots.of(names, learning, given)
+
+
+def make_board(config: Config, worker: int = 0, memory: int = -1, given: Sequence[Slot] = ()) -> Board:
+    """Return the part of a worker in the memory behind a descriptor, in which all see each other's load."""
+    return Board(slots_of(config, given), config.server.workers, worker, memory)
 
 
 def make_admission(config: Config, balancer: Balancer, sink: Sink) -> Admission:

@@ -3,7 +3,7 @@
 An endpoint has a row of doubles in the part of each worker. See proxy.metrics for the memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -94,8 +94,10 @@ def _condition(parts: Sequence["memoryview[float]"], key: Key, at: int) -> Condi
     return Condition(*key, workers, min(ends, default=0.0), int(opened), int(failed))
 
 
-def families(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> Iterator["Metric"]:
-    """Yield what Prometheus is shown."""
+def families(
+    parts: Sequence["memoryview[float]"], rows: Mapping[Key, int], current: Container[Key]
+) -> Iterator["Metric"]:
+    """Yield what Prometheus is shown. current: the endpoints that there are now; of others, only what was counted."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     labels = ("model_name", "endpoint")
@@ -111,12 +113,13 @@ def families(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> I
         "polyvox_attempt_failures", "Requests that failed at an endpoint, and may have gone on elsewhere",
         labels=(*labels, "error_type"),
     )  # fmt: skip
-    for found in conditions(parts, rows):
+    for found in conditions(parts, {key: at for key, at in rows.items() if key in current}):
         for state, count in found.workers.items():
             breakers.add_metric((found.model, found.endpoint, state), count)
     for key, at in rows.items():
         for i, state in enumerate(STATES):
-            changes.add_metric((*key, state), _sum(parts, at + _CHANGES + i))
+            if (count := _sum(parts, at + _CHANGES + i)) or key in current:
+                changes.add_metric((*key, state), count)
         for name, where in _ERROR_AT.items():
             if failures := _sum(parts, at + where):
                 failed.add_metric((*key, name), failures)
@@ -127,7 +130,8 @@ def families(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> I
     ):
         family = CounterMetricFamily(name, text, labels=labels)
         for key, at in rows.items():
-            family.add_metric(key, _sum(parts, at + where))
+            if (count := _sum(parts, at + where)) or key in current:
+                family.add_metric(key, count)
         yield family
 
 

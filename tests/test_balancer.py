@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from proxy.balancer import Ask, Balancer, Board, Load, policies
 from proxy.balancer.gauges import Gauges
 from proxy.balancer.policies import least_loaded
-from proxy.metrics import shared_memory
+from proxy.shared import Slots, shared_memory
 from proxy.registry import Endpoint
 
 ONES = [100.0, 100.0, 100.0]
@@ -31,14 +31,14 @@ def balancer(count: int, policy: str = "predicted_ttft", board: Board | None = N
     names = {"m": [f"m/{i}" for i in range(count)]}
     tables = ["m"] if policy == "predicted_ttft" and count > 1 else []
     chance = random.Random(7).random
-    return Balancer(names, {"m": policy}, board or Board(names, tables), chance)  # type: ignore[dict-item]
+    return Balancer(names, {"m": policy}, board or Board(Slots.of(names, tables)), chance)  # type: ignore[dict-item]
 
 
 def workers(count: int, endpoints: int) -> list[Balancer]:
     """Return the balancers of several workers that see each other's load."""
     names = {"m": [f"m/{i}" for i in range(endpoints)]}
     memory = shared_memory()
-    boards = [Board(names, ["m"], count, number, memory) for number in range(count)]
+    boards = [Board(Slots.of(names, ["m"]), count, number, memory) for number in range(count)]
     os.close(memory)
     return [balancer(endpoints, board=board) for board in boards]
 
@@ -370,13 +370,13 @@ def test_what_a_dead_worker_had_under_way_is_forgotten_by_its_replacement():
     names = {"m": ["m/0", "m/1"]}
     memory = shared_memory()
     try:
-        boards = [Board(names, ["m"], 2, number, memory) for number in (0, 1)]
+        boards = [Board(Slots.of(names, ["m"]), 2, number, memory) for number in (0, 1)]
         dead, other = (balancer(2, board=board) for board in boards)
         candidates = endpoints(2, max_in_flight=1)
         assert dead.pick("m", candidates, None, 0.0)
         assert dead.pick("m", candidates, None, 0.0)
         assert other.pick("m", candidates, None, 0.0) is None
-        Board(names, ["m"], 2, 0, memory)
+        Board(Slots.of(names, ["m"]), 2, 0, memory)
         assert other.pick("m", candidates, None, 1.0)
     finally:
         os.close(memory)
@@ -384,5 +384,5 @@ def test_what_a_dead_worker_had_under_way_is_forgotten_by_its_replacement():
 
 def test_each_endpoint_with_a_choice_is_watched_by_one_worker():
     names = {"one": ["one/0"], "three": ["three/0", "three/1", "three/2"]}
-    mine = [Board(names, ["three"], 2, number).mine() for number in (0, 1)]
+    mine = [Board(Slots.of(names, ["three"]), 2, number).mine() for number in (0, 1)]
     assert mine == [{"three": ["three/0", "three/2"]}, {"three": ["three/1"]}]

@@ -14,10 +14,11 @@ from proxy.breaker import Breaker, Outcome, State
 from proxy.config import BreakerSettings, Config, EndpointSettings, ModelSettings, Server
 from proxy.cost import Hosting, Price
 from proxy.errors import ConnectFailed, DeadlinePassed, PoolTimeout, UnknownModel, WrongKey
-from proxy.metrics import Metrics, shared_memory
+from proxy.metrics import Metrics
 from proxy.prices import Prices
 from proxy.registry import build
 from proxy.relay import Exchange
+from proxy.shared import shared_memory
 from proxy.telemetry import AttemptFailed, RequestFinished, RequestStarted
 from tests.scraping import Page
 
