@@ -64,18 +64,23 @@ class Api:
         books: Books | None = None,
     ) -> None:
         """books: of the ledger, for a server that keeps one."""
-        self._chat = chat
         self._live = live
         self._metrics = metrics
-        self._prices = prices
         self._books = books
         self._sink: Sink = Both(metrics, books.recorder) if books else metrics
+        self._started = int(time.time())
+        # All mutable state: what comes with a configuration.
+        self.follow(chat, server, prices)
+
+    def follow(self, chat: Chat, server: Server, prices: Prices | None) -> None:
+        """Answer by another configuration from now on. Requests that have begun keep what they began with."""
+        self._chat = chat
+        self._prices = prices
+        self._server = server
         self._keys = Keys(server.api_keys)
         self._usage_keys = Keys(server.api_keys, admins=server.admin_keys)
         self._metrics_keys = Keys(()) if server.metrics_public else self._keys
         self._admin_keys = Keys(server.admin_keys, required=True)
-        self._server = server
-        self._started = int(time.time())
 
     async def model_request(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         """Serve a POST whose body names a model."""

@@ -1,8 +1,10 @@
 """The composition root of a proxy worker: builds everything, and closes it in reverse order."""
 
 import asyncio
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from litestar.types import ASGIApp
 
@@ -12,7 +14,8 @@ from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
 from proxy.chat import Chat
-from proxy.config import Config
+from proxy.config import Balance, Config, Queue
+from proxy.cost import Price, Tariff
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
 from proxy.metrics import Metrics
@@ -21,10 +24,12 @@ from proxy.probe import LiveRegistry, watch_fleet
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
-from proxy.shared import Slot, Slots
+from proxy.shared import Slots
 from proxy.telemetry import Sink
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
+
+_CLOSING = 1.0  # seconds between two looks whether something that is used no more can be closed
 
 
 class Worker:
@@ -33,51 +38,98 @@ class Worker:
     def __init__(self, config: Config, control_socket: Path, metrics: Metrics, board: Board, ledger: Path) -> None:
         """ledger: the folder of a server that keeps one."""
         providers.prepare(config)
-        self._config = config
         self._metrics = metrics
         self._board = board
         self._balancer = make_balancer(config, board)
+        self._admission = make_admission(config, self._balancer, metrics)
         self._supervisor = LocalTransport(f"unix:{control_socket}")
         self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
-        self._prices = Prices(config, metrics.throughput)
-        self._books = make_books(config, ledger, self._prices)
+        self._books = make_books(config, ledger, lambda: self._prices.known())
         self._endpoints = Endpoints(metrics)
         self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
-        # All mutable state: a transport for each address in use, and the tasks that go on beside the requests.
+        # All mutable state: the configuration and what was learned beside it, of engines and of prices; what answers;
+        # a transport for each address in use, and the tasks that go on beside the requests, by what they do.
+        self._config = config
+        self._fleet = FleetStatus(version=0)
+        self._tariffs: dict[market.Offer, Tariff] = {}
+        self._prices = Prices(config, metrics.throughput)
+        self._api = Api(self._chat(), self._live, metrics, config.server, self._prices, self._books)
         self._transports: dict[str, Transport] = {}
-        self._following: list[asyncio.Task[None]] = []
+        self._beside: dict[str, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
         return f"<Worker {self._live!r} {len(self._transports)} transports>"
 
     def app(self) -> ASGIApp:
         """Return the ASGI application; it starts and stops with this worker."""
-        server = self._config.server
-        admission = make_admission(self._config, self._balancer, self._metrics)
-        ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
-        api = Api(Chat(ways), self._live, self._metrics, server, self._prices, self._books)
-        return build_app(api, on_startup=[self._start], on_shutdown=[self._stop])
+        return build_app(self._api, on_startup=[self._start], on_shutdown=[self._stop])
+
+    async def follow(self, config: Config, slots: Slots) -> None:
+        """Go by another configuration from now on. Requests that are under way go on with what they began with.
+
+        What is known of endpoints that stay (load, breakers, counts) stays. Whatever here may take long, or fail, comes
+        first; the rest happens between two turns of the event loop.
+        """
+        await asyncio.to_thread(_prepare, config)
+        self._config = config
+        self._metrics.follow(config, slots)
+        self._board.follow(slots)
+        self._balancer.follow(config.endpoint_names(), policies_of(config))
+        self._admission.follow(queues_of(config))
+        self._prices = Prices(config, self._metrics.throughput)
+        self._live.replace(registry.build(config, self._fleet))
+        self._endpoints.keep([name for names in config.endpoint_names().values() for name in names])
+        self._api.follow(self._chat(), config.server, self._prices)
+        self._look_around()
+
+    def _chat(self) -> Chat:
+        config = self._config
+        start_wait, limits = config.server.start_wait, config.limits
+        return Chat(Ways(self._live, self._endpoints, self._transport_to, start_wait, limits, self._admission))
 
     async def _start(self) -> None:
-        if self._config.engines():
-            watching = watch_fleet(self._live, self._config, self._supervisor)
-            self._following.append(asyncio.create_task(watching))
-        if names := self._board.mine():
-            gauged = gauging.follow(names, self._live, self._transport_to, self._balancer)
-            self._following.append(asyncio.create_task(gauged))
-
         if self._books:
-            self._following.append(asyncio.create_task(self._books.recorder.run()))
-        if offers := market.offers(self._config):
-            self._following.append(asyncio.create_task(self._learn_prices(offers)))
+            self._go_on("recording", self._books.recorder.run())
+        self._look_around()
 
-    async def _learn_prices(self, offers: list[market.Offer]) -> None:
-        self._prices.learn(await market.ask(offers))
+    def _look_around(self) -> None:
+        """Follow the engines, the gauges and the prices of what the configuration names."""
+        if self._config.engines() and "watching" not in self._beside:
+            self._go_on("watching", watch_fleet(self._hear, self._supervisor))
+        self._go_on("gauging", gauging.follow(self._board.mine(), self._live, self._transport_to, self._balancer))
+        self._go_on("pricing", self._learn_prices(self._prices, market.offers(self._config)))
+        self._go_on("closing", self._close_unused())
+
+    def _go_on(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside the requests, in the place of what had this name before."""
+        if name in self._beside:
+            self._beside[name].cancel()
+        self._beside[name] = asyncio.create_task(work)
+
+    def _hear(self, fleet: FleetStatus) -> None:
+        self._fleet = fleet
+        self._live.replace(registry.build(self._config, fleet))
+
+    async def _learn_prices(self, prices: Prices, offers: list[market.Offer]) -> None:
+        """Look up what is asked for, and keep it for the next configuration."""
+        known = {o.endpoint: self._tariffs[o] for o in offers if o in self._tariffs}
+        prices.learn(known)
+        new = await market.ask([o for o in offers if o.endpoint not in known])
+        prices.learn(new)
+        self._tariffs |= {o: new[o.endpoint] for o in offers if o.endpoint in new}
+
+    async def _close_unused(self) -> None:
+        """Close the transports to addresses that no endpoint has any more, when nothing is under way there."""
+        while unused := self._transports.keys() - self._live.current.addresses():
+            for address in unused:
+                if self._transports[address].is_idle:
+                    await self._transports.pop(address).close()
+            await asyncio.sleep(_CLOSING)
 
     async def _stop(self) -> None:
-        for task in self._following:
+        for task in self._beside.values():
             task.cancel()
-        await asyncio.gather(*self._following, return_exceptions=True)
+        await asyncio.gather(*self._beside.values(), return_exceptions=True)
         await self._recovery.close()
         if self._books:
             await self._books.close()
@@ -91,32 +143,37 @@ class Worker:
         return transport
 
 
-def make_books(config: Config, folder: Path, prices: Prices) -> Books | None:
+def _prepare(config: Config) -> None:
+    """Import what requests will need, so that none has to wait for it."""
+    providers.prepare(config)
+    if any(e.base_url.startswith("https:") for model in config.models.values() for e in model.endpoints):
+        importlib.import_module("proxy.transport.cloud")
+
+
+def make_books(config: Config, folder: Path, prices: Callable[[], list[Price]]) -> Books | None:
     """Return a worker's way to the ledger, None for a server that keeps none."""
     settings = config.ledger_settings()
-    return Books(Place(settings, folder), prices.known) if settings else None
-
-
-def slots_of(config: Config, given: Sequence[Slot] = ()) -> Slots:
-    """Return what has room in shared memory: what was given some before, and the models of a configuration."""
-    names = config.endpoint_names()
-    learning = [name for name in names if len(names[name]) > 1 and config.models[name].balance == "predicted_ttft"]
-    return Slots.of(names, learning, given)
-
-
-def make_board(config: Config, worker: int = 0, memory: int = -1, given: Sequence[Slot] = ()) -> Board:
-    """Return the part of a worker in the memory behind a descriptor, in which all see each other's load."""
-    return Board(slots_of(config, given), config.server.workers, worker, memory)
+    return Books(Place(settings, folder), prices) if settings else None
 
 
 def make_admission(config: Config, balancer: Balancer, sink: Sink) -> Admission:
     """Make what lets requests in, with the queue of each model."""
-    return Admission(balancer, {name: model.queue for name, model in config.models.items()}, sink)
+    return Admission(balancer, queues_of(config), sink)
+
+
+def queues_of(config: Config) -> dict[str, Queue]:
+    """Return the queue of each model."""
+    return {name: model.queue for name, model in config.models.items()}
 
 
 def make_balancer(config: Config, board: Board) -> Balancer:
     """Return the balancer of a configuration's endpoints."""
-    return Balancer(config.endpoint_names(), {name: model.balance for name, model in config.models.items()}, board)
+    return Balancer(config.endpoint_names(), policies_of(config), board)
+
+
+def policies_of(config: Config) -> dict[str, Balance]:
+    """Return how the endpoints of each model are chosen."""
+    return {name: model.balance for name, model in config.models.items()}
 
 
 def _make_transport(address: str) -> Transport:

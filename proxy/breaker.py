@@ -89,8 +89,8 @@ class Breaker:
     ) -> None:
         self._random = random
         self._changed = changed
-        # All mutable state: the settings, which may be others later; the state, and a number for it that grows with each
-        # change and each trial.
+        # All mutable state: the settings, which may be others later; the state, and a number for it that grows with
+        # each change and each trial.
         self.settings = settings
         self.state = State.CLOSED
         self._ticket = 0

@@ -113,13 +113,13 @@ def families(
         "polyvox_attempt_failures", "Requests that failed at an endpoint, and may have gone on elsewhere",
         labels=(*labels, "error_type"),
     )  # fmt: skip
+    rows = {key: at for key, at in rows.items() if key in current or _has_counted(parts, at)}
     for found in conditions(parts, {key: at for key, at in rows.items() if key in current}):
         for state, count in found.workers.items():
             breakers.add_metric((found.model, found.endpoint, state), count)
     for key, at in rows.items():
         for i, state in enumerate(STATES):
-            if (count := _sum(parts, at + _CHANGES + i)) or key in current:
-                changes.add_metric((*key, state), count)
+            changes.add_metric((*key, state), _sum(parts, at + _CHANGES + i))
         for name, where in _ERROR_AT.items():
             if failures := _sum(parts, at + where):
                 failed.add_metric((*key, name), failures)
@@ -130,9 +130,12 @@ def families(
     ):
         family = CounterMetricFamily(name, text, labels=labels)
         for key, at in rows.items():
-            if (count := _sum(parts, at + where)) or key in current:
-                family.add_metric(key, count)
+            family.add_metric(key, _sum(parts, at + where))
         yield family
+
+
+def _has_counted(parts: Sequence["memoryview[float]"], at: int) -> bool:
+    return any(_sum(parts, at + i) for i in (_STOOD_IN, _RESUMED, *range(_CHANGES, WIDTH)))
 
 
 def _sum(parts: Sequence["memoryview[float]"], at: int) -> float:

@@ -5,13 +5,9 @@ import contextlib
 import logging
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from engines.paths import StatePaths
 from proxy import config, providers
@@ -20,11 +16,8 @@ from proxy.console import Console
 from proxy.errors import ServeError
 from proxy.ledger.books import Place
 from proxy.ledger.delivery import Delivery
-from proxy.metrics import conditions, shared_memory
-from proxy.orders import Orders
+from proxy.workers import Workers
 
-_QUICK_DEATH = 5.0  # seconds; a worker that ends sooner has not really started
-_QUICK_DEATHS = 5
 _WORKER_MARGIN = 3.0  # seconds that a worker gets beyond its own grace before it is killed
 
 
@@ -95,7 +88,7 @@ async def _engines(supervisor: Any, launcher: Any, loaded: Loaded) -> AsyncItera
         await supervisor.close(0)
 
 
-async def _drain(listening: socket.socket, workers: "Workers", settings: Config) -> None:
+async def _drain(listening: socket.socket, workers: Workers, settings: Config) -> None:
     """Refuse new connections, let the requests in flight finish."""
     listening.close()
     await workers.stop(settings.server.drain_timeout + _WORKER_MARGIN)
@@ -152,84 +145,3 @@ def address_of(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     return f"http://{reachable}:{port}"
-
-
-class Workers:
-    """The proxy workers: processes that share one listening socket. One that ends is replaced."""
-
-    def __init__(self, settings: Config, listening: socket.socket, paths: StatePaths, console: Console) -> None:
-        self._fd = listening.fileno()
-        # What workers have counted outlives them here.
-        self._metrics_fd = shared_memory()
-        self._board_fd = shared_memory("board")
-        self._config = settings
-        self._settings = config.encode(settings)
-        self._control_socket = str(paths.control_socket)
-        self._ledger = str(paths.ledger)
-        self._count = settings.server.workers
-        self._console = console
-        # All mutable state: the processes that run now, and whether they are meant to.
-        self._processes: set[asyncio.subprocess.Process] = set()
-        self._stopping = False
-
-    def __repr__(self) -> str:
-        return f"<Workers {sorted(p.pid for p in self._processes)} of {self._count}>"
-
-    def endpoints(self) -> bytes:
-        """Return how the endpoints are, as all workers together see them: figures.Condition for each, as JSON."""
-        return msgspec.json.encode(conditions(self._config, self._metrics_fd))
-
-    async def run(self) -> None:
-        """Keep all workers running until `stop`. Raises ServeError if they do not stay up."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for number in range(self._count):
-                    group.create_task(self._keep_one(number))
-        except* ServeError as failures:
-            raise failures.exceptions[0] from None
-
-    async def _keep_one(self, number: int) -> None:
-        loop, deaths = asyncio.get_running_loop(), 0
-        while not self._stopping:
-            started = loop.time()
-            status = await self._run_one(number)
-            if self._stopping:
-                return
-            deaths = deaths + 1 if loop.time() - started < _QUICK_DEATH else 0
-            if deaths >= _QUICK_DEATHS:
-                raise ServeError(f"workers end as soon as they start (exit status {status}); see above")
-            self._console.say(f"a worker ended (exit status {status}); starting another", style="yellow")
-
-    async def _run_one(self, number: int) -> int:
-        shared = (self._fd, self._metrics_fd, self._board_fd)
-        orders = Orders(self._settings, self._control_socket, *shared, number, self._ledger)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=shared
-        )
-        self._processes.add(process)
-        try:
-            assert process.stdin
-            process.stdin.write(orders.frame())
-            return await process.wait()
-        finally:
-            self._processes.discard(process)
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-
-    async def stop(self, grace: float) -> None:
-        """Let requests in flight finish for `grace` seconds at most, then end the workers."""
-        self._stopping = True
-        processes = set(self._processes)
-        for process in processes:
-            _signal(process, signal.SIGTERM)
-        if processes:
-            await asyncio.wait([asyncio.ensure_future(p.wait()) for p in processes], timeout=grace)
-        for process in processes:
-            _signal(process, signal.SIGKILL)
-
-
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(number)

@@ -17,7 +17,7 @@ from proxy import figures
 from proxy.accounting import FINISH_REASONS, Usage
 from proxy.config import Config
 from proxy.cost import work
-from proxy.shared import Shared, Slot, Slots
+from proxy.shared import Shared, Slot, Slots, slots_of
 from proxy.telemetry import (
     ERROR_TYPES,
     OPERATIONS,
@@ -96,6 +96,9 @@ _TTFT, _TPOT, _E2E, _OVERHEAD = _HISTOGRAMS = tuple(
 _WIDTH = _OVERHEAD.sum_at + 1
 
 
+# What there is once for a server, at the start: of its configuration, written by the parent process.
+_GENERATION, _RELOADED, _REFUSED, _COMMON = range(4)
+
 _KINDS = (*dict.fromkeys(OPERATIONS.values()), OTHER)
 # What a model, or an endpoint, has room for: a gauge, a row of figures, and a series for each kind of request.
 _ROW = 1
@@ -116,7 +119,7 @@ class Layout:
         self.queues = {model: at for (model, endpoint), at in rooms.items() if not endpoint}
         self.series = {(*key, o): at + _SERIES + i * _WIDTH for key, at in rooms.items() for i, o in enumerate(_KINDS)}
         self.rows = {key: at + _ROW for key, at in self.gauges.items()}
-        self.size = len(rooms) * _ROOM * workers
+        self.size = _COMMON + len(rooms) * _ROOM * workers
         self.elsewhere = self.series[UNKNOWN, "", OTHER]
 
     def __repr__(self) -> str:
@@ -143,7 +146,7 @@ class Metrics:
         self._clock = clock
         # All mutable state: where everything is, which models are current and which hosted, and the doubles of all
         # workers, of which this one writes its own only.
-        self.follow(config, slots or Slots.of(config.endpoint_names(), ()))
+        self.follow(config, slots or slots_of(config))
         # The worker that had this part before may have died in the middle.
         for gauge in (*self._layout.gauges.values(), *self._layout.queues.values()):
             self._own[gauge] = 0.0
@@ -157,7 +160,8 @@ class Metrics:
         self._layout = Layout(slots.given, self._workers)
         self._shown = _keys(slots)
         self._hosted = frozenset(name for name, model in config.models.items() if model.hosting)
-        self._parts = _parts(self._memory.doubles(0, self._layout.size), self._workers)
+        self._all = self._memory.doubles(0, self._layout.size)
+        self._parts = _parts(self._all, self._workers)
         self._own = self._parts[self._worker]
 
     def started(self, event: RequestStarted) -> None:
@@ -234,6 +238,7 @@ class Metrics:
         rows = {key: _summed(parts, at, _WIDTH) for key, at in counted.items()}
         gauges = {key: _summed(parts, at, 1)[0] for key, at in self._layout.gauges.items()}
         queues = {model: _summed(parts, at, 1)[0] for model, at in self._layout.queues.items()}
+        yield from _configuration(self._all)
         yield _waiting({model: value for model, value in queues.items() if value or (model, "") in self._shown})
         yield from _families(rows, {key: value for key, value in gauges.items() if value or key in self._shown})
         yield from figures.families(parts, self._layout.rows, self._shown)
@@ -253,7 +258,15 @@ def _keys(slots: Slots) -> frozenset[figures.Key]:
 
 def _parts(every: "memoryview[float]", workers: int) -> list["memoryview[float]"]:
     """Return what each worker sees: the same place has the same number in each."""
-    return [every[i * _ROOM :] for i in range(workers)]
+    return [every[_COMMON + i * _ROOM :] for i in range(workers)]
+
+
+def note_reload(memory: int, generation: int, when: float | None) -> None:
+    """Show which configuration the workers follow. when: it came, by UNIX time; None: another came, and was refused."""
+    common = Shared(memory).doubles(0, _COMMON)
+    common[_GENERATION], common[_REFUSED] = generation, when is None
+    if when is not None:
+        common[_RELOADED] = when
 
 
 class _Collected:
@@ -271,6 +284,19 @@ _Rows = dict[tuple[str, str, str], list[float]]
 
 def _summed(parts: Sequence["memoryview[float]"], at: int, width: int) -> list[float]:
     return [sum(column) for column in zip(*(part[at : at + width] for part in parts), strict=True)]
+
+
+def _configuration(common: "memoryview[float]") -> Iterator["Metric"]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    name = "polyvox_config"
+    yield GaugeMetricFamily(f"{name}_generation", "Configurations since the start", common[_GENERATION])
+    yield GaugeMetricFamily(
+        f"{name}_last_reload_successful", "Whether the last one that came was valid", float(not common[_REFUSED])
+    )
+    yield GaugeMetricFamily(
+        f"{name}_last_reload_success_timestamp_seconds", "When the one that is followed came", common[_RELOADED]
+    )
 
 
 def _waiting(queues: dict[str, float]) -> "Metric":

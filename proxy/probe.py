@@ -6,8 +6,6 @@ from collections.abc import Callable
 import msgspec
 
 from engines.spec import FleetStatus
-from proxy import registry
-from proxy.config import Config
 from proxy.errors import UpstreamError
 from proxy.registry import Registry
 from proxy.transport import Timeouts, Transport
@@ -54,13 +52,13 @@ class LiveRegistry:
             self._waiting.discard(future)
 
 
-async def watch_fleet(live: LiveRegistry, config: Config, supervisor: Transport) -> None:
-    """Follow the supervisor's reports for ever. While it does not answer, the last report stands."""
+async def watch_fleet(heard: Callable[[FleetStatus], None], supervisor: Transport) -> None:
+    """Tell of each report of the supervisor, for ever. While it does not answer, the last report stands."""
     while True:
         try:
             answer = await supervisor.send(b"GET", b"/fleet/watch", [], b"", _TIMEOUTS)
             try:
-                await _follow(answer, live, config)
+                await _follow(answer, heard)
             finally:
                 await answer.close()
         except (UpstreamError, msgspec.DecodeError):
@@ -68,10 +66,9 @@ async def watch_fleet(live: LiveRegistry, config: Config, supervisor: Transport)
         await asyncio.sleep(_RECONNECT_DELAY)
 
 
-async def _follow(answer: object, live: LiveRegistry, config: Config) -> None:
+async def _follow(answer: object, heard: Callable[[FleetStatus], None]) -> None:
     rest = b""
     async for data in answer:  # type: ignore[attr-defined]
         *lines, rest = (rest + data).split(b"\n")
         if lines:  # only the newest matters
-            fleet = msgspec.json.decode(lines[-1], type=FleetStatus)
-            live.replace(registry.build(config, fleet))
+            heard(msgspec.json.decode(lines[-1], type=FleetStatus))

@@ -8,6 +8,8 @@ from typing import Self
 
 import msgspec
 
+from proxy.config import Config
+
 _DOUBLE = 8  # bytes
 PAGE = mmap.ALLOCATIONGRANULARITY // _DOUBLE  # doubles; a part that is mapped for itself starts at a multiple of it
 
@@ -61,3 +63,10 @@ class Slots(msgspec.Struct, frozen=True):
         """Return the slots of models. endpoints: their names, by model. tables: the models with one. given: before."""
         current = tuple(Slot(model, tuple(names), model in tables) for model, names in endpoints.items())
         return cls(tuple(dict.fromkeys((*given, *current))), current)
+
+
+def slots_of(config: Config, given: Sequence[Slot] = ()) -> Slots:
+    """Return the slots of a configuration's models. given: those that had room before."""
+    names = config.endpoint_names()
+    learning = [name for name in names if len(names[name]) > 1 and config.models[name].balance == "predicted_ttft"]
+    return Slots.of(names, learning, given)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from proxy.balancer import Ask, Balancer, Board, Load, policies
 from proxy.balancer.gauges import Gauges
 from proxy.balancer.policies import least_loaded
-from proxy.shared import Slots, shared_memory
 from proxy.registry import Endpoint
+from proxy.shared import Slots, shared_memory
 
 ONES = [100.0, 100.0, 100.0]
 

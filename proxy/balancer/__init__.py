@@ -58,11 +58,12 @@ class _Group:
         self.scale = Scale()
         # All mutable state: the loads that there ever were, the number of the last lease, leases whose first token will
         # not be seen by when it is due, what was last seen of each endpoint's cache, and when all was last brought up
-        # to date. See `follow` for the rest.
+        # to date; where their doubles are. See `follow` for the rest.
         self._ever: dict[str, Load] = {}
         self.number = 0
         self._unseen: list[tuple[float, int, Lease]] = []
         self._seen: dict[str, Seen] = {}
+        self._block = block
         self._glanced = self._looked = float("-inf")
         self.follow(names, policy, block)
 
@@ -75,9 +76,9 @@ class _Group:
             doubles = block.live(i), block.slow(i), block.newest(i)
             if name not in self._ever:
                 self._ever[name] = Load(*doubles, index=i, scale=self.scale)
-            elif block is not self.block:
+            elif block is not self._block:
                 self._ever[name].move(*doubles, i)
-        self.policy, self.block, self.table = policy, block, block.table
+        self.policy, self._block, self.table = policy, block, block.table
         self.loads = {name: self._ever[name] for name in names}
         for load in self.loads.values():
             load.rated = policy == "adaptive"
@@ -87,7 +88,7 @@ class _Group:
 
     def update(self, now: float) -> None:
         """Take in what the other workers have done, and what was learned."""
-        if self.block.shared and now - self._glanced >= self._glance:
+        if self._block.shared and now - self._glanced >= self._glance:
             self._glanced = now
             self.update_live()
         if now - self._looked >= _LOOK:
@@ -96,14 +97,14 @@ class _Group:
 
     def update_live(self) -> None:
         """Take in what the other workers have under way."""
-        sums = self.block.live_sums()
+        sums = self._block.live_sums()
         for load, in_flight, tokens in zip(self.everything, *sums, strict=True):
             load.in_flight, load.tokens = in_flight, tokens
 
     def _look(self, now: float) -> None:
         for load in self.everything:
             load.fade(now)
-        sums = self.block.slow_sums()
+        sums = self._block.slow_sums()
         mean = (sum(sums[PREFILLED]) + PRIOR_RATE) / (sum(sums[SECONDS]) + 1.0)
         for load, figures in zip(self.everything, zip(*sums, strict=True), strict=True):
             load.learn(figures, mean)
@@ -123,9 +124,9 @@ class _Group:
         if said is None:
             load.told(Told())
             return
-        if self.block.shared:
+        if self._block.shared:
             self.update_live()
-        slow = [figure[load.index] for figure in self.block.slow_sums()]
+        slow = [figure[load.index] for figure in self._block.slow_sums()]
         now = Seen(said.queries, said.hits, slow[ASKED], slow[FOUND])
         load.told(gauges.judge(said, load.in_flight, now, self._seen.get(name, Seen()), slow[DISTRUST]))
         self._seen[name] = now

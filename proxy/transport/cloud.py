@@ -141,6 +141,10 @@ class CloudTransport:
             undo.pop_all()
             return answer
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._closings and all(connection.is_idle() for connection in self._pool.connections)
+
     async def close(self) -> None:
         await asyncio.gather(*self._closings, return_exceptions=True)
         await self._pool.aclose()
