@@ -10,6 +10,7 @@ from litestar.types import ASGIApp
 
 from engines.spec import FleetStatus
 from proxy import gauging, market, providers, registry
+from proxy.admin import Admin
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
@@ -53,7 +54,8 @@ class Worker:
         self._fleet = FleetStatus(version=0)
         self._tariffs: dict[market.Offer, Tariff] = {}
         self._prices = Prices(config, metrics.throughput)
-        self._api = Api(self._chat(), self._live, metrics, config.server, self._prices, self._books)
+        admin = Admin(self._supervisor)
+        self._api = Api(self._chat(), self._live, metrics, config.server, self._prices, self._books, admin)
         self._transports: dict[str, Transport] = {}
         self._beside: dict[str, asyncio.Task[None]] = {}
 

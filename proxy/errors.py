@@ -2,6 +2,7 @@
 
 PolyvoxError
 ├── ConfigError                the configuration is wrong: file, line, key, remedy
+│   └── FileReadOnly           its file cannot be written
 ├── ServeError                 the server cannot start or go on: what, and what to do
 ├── PluginError                what an installed distribution offers cannot be used
 ├── WrongSetting               a provider does not take a setting of its endpoint
@@ -14,6 +15,7 @@ PolyvoxError
 │   ├── NoLedger               404, this server keeps none
 │   ├── MethodNotAllowed       405
 │   ├── RequestTimeout         408
+│   ├── Conflict               409, the server cannot do so as it is
 │   ├── BodyTooLarge           413
 │   ├── TooBusy                429
 │   ├── HeadTooLarge           431
@@ -52,7 +54,18 @@ class PolyvoxError(Exception):
 
 
 class ConfigError(PolyvoxError):
-    """The configuration is wrong. The text names file, line, key and remedy."""
+    """The configuration is wrong. The text names file, line, key and remedy.
+
+    field, problem: the key, as `models.NAME.engine`, and what is wrong with it, where that is known apart.
+    """
+
+    def __init__(self, text: str, field: str = "", problem: str = "") -> None:
+        super().__init__(text)
+        self.field, self.problem = field, problem or text
+
+
+class FileReadOnly(ConfigError):
+    """The file of the configuration cannot be written. The text names it."""
 
 
 class ServeError(PolyvoxError):
@@ -166,6 +179,14 @@ class MethodNotAllowed(RequestError):
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         return [(b"allow", self._allowed.encode())]
+
+
+class Conflict(RequestError):
+    """What an administrator wants cannot be done as the server, its machine or its file are now."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
 
 
 class BodyTooLarge(RequestError):

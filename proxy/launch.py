@@ -5,17 +5,20 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engines.paths import StatePaths
+from engines.spec import EngineSpec
 from proxy import config, providers
+from proxy.administration import services
 from proxy.config import Config, Loaded, Server
 from proxy.console import Console
 from proxy.errors import ServeError
 from proxy.ledger.books import Place
 from proxy.ledger.delivery import Delivery
+from proxy.reloading import Reloader
 from proxy.workers import Workers
 
 _WORKER_MARGIN = 3.0  # seconds that a worker gets beyond its own grace before it is killed
@@ -31,13 +34,22 @@ def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
         paths.create()
     except OSError as e:
         raise ServeError(f"cannot write state to {e.filename}: {e.strerror}; give another --state-dir") from None
-    asyncio.run(_serve(loaded, paths, Console(), listening))
+    workers = Workers(loaded.config, listening, paths, Console())
+    asyncio.run(_serve(Settings(file, environ, loaded), paths, workers, listening))
 
 
-async def _serve(loaded: Loaded, paths: StatePaths, console: Console, listening: socket.socket) -> None:
+class Settings(NamedTuple):
+    """The configuration as it was at the start, and where it came from."""
+
+    file: Path
+    environ: Mapping[str, str]
+    loaded: Loaded
+
+
+async def _serve(settings: Settings, paths: StatePaths, workers: Workers, listening: socket.socket) -> None:
     """Run workers and engines until SIGTERM or SIGINT; a second one ends everything at once."""
-    stop, hurry = _stop_signals()
-    workers = Workers(loaded.config, listening, paths, console)
+    stop, hurry, reload = _signals()
+    console, loaded = workers.console, settings.loaded
     async with _background(_deliver(loaded, paths), stop), _background(workers.run(), stop):
         # The workers listen while the parent is still importing what the engines need.
         from engines.control import serve_control
@@ -46,16 +58,18 @@ async def _serve(loaded: Loaded, paths: StatePaths, console: Console, listening:
 
         launcher = Launcher(paths, loaded.base)
         supervisor = Supervisor(loaded.config.engines(), paths, launcher.prepare)
+        reloader = Reloader(*settings, Parts(workers, supervisor, launcher), console)
+        reports = {"endpoints": workers.endpoints}
         async with (
             _engines(supervisor, launcher, loaded),
-            _background(serve_control(supervisor, paths.control_socket, {"endpoints": workers.endpoints}), stop),
+            _background(serve_control(supervisor, paths.control_socket, reports, services(reloader)), stop),
         ):
             following = console.follow(supervisor.watch(), address_of(listening), loaded.config)
-            async with _background(following, stop):
+            async with _background(following, stop), _background(reloader.watch(reload), stop):
                 await stop.wait()
                 console.say("stopping; requests in flight may finish, press Ctrl-C again to end at once")
                 async with _background(hurry.wait(), stop) as hurried:
-                    drained = asyncio.ensure_future(_drain(listening, workers, loaded.config))
+                    drained = asyncio.ensure_future(_drain(listening, workers, reloader.loaded.config))
                     await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
                     await _cancelled(drained)
 
@@ -70,22 +84,64 @@ async def _deliver(loaded: Loaded, paths: StatePaths) -> None:
 @contextlib.asynccontextmanager
 async def _engines(supervisor: Any, launcher: Any, loaded: Loaded) -> AsyncIterator[None]:
     """Load the engines, after whatever an earlier run left is gone and the memory for all of them is found."""
-    from engines.memory import PlanRefused
     from engines.supervisor import AlreadyRunning
-    from engines.weights import WeightsSourceError
 
     try:
         await supervisor.claim()
-        await asyncio.to_thread(launcher.plan, [s for s in loaded.config.engines() if s.settings.autostart])
+        await _plan(launcher, loaded.config.engines(), loaded)
         await supervisor.start()
-    except (AlreadyRunning, WeightsSourceError) as e:
+    except AlreadyRunning as e:
         raise ServeError(loaded.redact(str(e))) from None
-    except PlanRefused as e:
-        raise ServeError(f"the engines do not fit on this machine:\n{loaded.redact(str(e))}") from None
     try:
         yield
     finally:
         await supervisor.close(0)
+
+
+async def _plan(launcher: Any, engines: Iterable[EngineSpec], loaded: Loaded) -> None:
+    """Find the memory for all engines that start by themselves. Raises ServeError."""
+    from engines.memory import PlanRefused
+    from engines.weights import WeightsSourceError
+
+    try:
+        await asyncio.to_thread(launcher.plan, [spec for spec in engines if spec.settings.autostart])
+    except WeightsSourceError as e:
+        raise ServeError(loaded.redact(str(e))) from None
+    except PlanRefused as e:
+        raise ServeError(f"the engines do not fit on this machine:\n{loaded.redact(str(e))}") from None
+
+
+class Parts:
+    """The workers and the engines, which follow a configuration: see reloading.Followers."""
+
+    def __init__(self, workers: Workers, supervisor: Any, launcher: Any) -> None:
+        self._workers = workers
+        self._supervisor = supervisor
+        self._launcher = launcher
+
+    def __repr__(self) -> str:
+        return f"<Parts {self._workers!r} {self._supervisor!r}>"
+
+    async def check(self, new: Loaded, old: Loaded) -> None:
+        """See that there is memory for new engines, beside those that run. Raises ServeError.
+
+        One that changes frees what it has before it starts anew, and is planned then.
+        """
+        there = {spec.id for spec in old.config.engines()}
+        if added := [spec for spec in new.config.engines() if spec.id not in there]:
+            await _plan(self._launcher, added, new)
+
+    async def follow(self, new: Loaded, old: Loaded) -> None:
+        """Have the workers go by a configuration, then the engines: who is to go gets no more. Raises ServeError."""
+        there, specs = {spec.id: spec for spec in old.config.engines()}, new.config.engines()
+        self._launcher.forget(spec.id for spec in specs if spec.id in there and not spec.same_process(there[spec.id]))
+        try:
+            await self._workers.follow(new.config)
+        finally:
+            await self._supervisor.follow(specs)
+
+    def refused(self) -> None:
+        self._workers.refused()
 
 
 async def _drain(listening: socket.socket, workers: Workers, settings: Config) -> None:
@@ -94,16 +150,17 @@ async def _drain(listening: socket.socket, workers: Workers, settings: Config) -
     await workers.stop(settings.server.drain_timeout + _WORKER_MARGIN)
 
 
-def _stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Return two events: set by the first SIGTERM or SIGINT, and by the second."""
-    stop, hurry = asyncio.Event(), asyncio.Event()
+def _signals() -> tuple[asyncio.Event, asyncio.Event, asyncio.Event]:
+    """Return three events: set by the first SIGTERM or SIGINT, by the second, and by SIGHUP."""
+    stop, hurry, reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    return stop, hurry
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
+    return stop, hurry, reload
 
 
 @contextlib.asynccontextmanager

@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 import uvloop
@@ -38,9 +38,15 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def follow(self, settings: config.Server) -> None:
+        """Go by other settings from now on."""
+        inbound.follow(cast(type[inbound.Connection], self.config.http), settings)
+        self.config.timeout_graceful_shutdown = _grace(settings)
+
 
 def main() -> int:
     """Serve until SIGTERM, then until the requests in flight are done."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it may be sent to the whole group; the parent heeds it
     line = socket.socket(fileno=sys.stdin.fileno())
     given = Orders.take(line)
     settings = config.decode(given.config)
@@ -48,25 +54,28 @@ def main() -> int:
     metrics = Metrics(settings, given.worker, given.metrics_fd, slots=slots)
     board = Board(slots, settings.server.workers, given.worker, given.board_fd)
     made = Worker(settings, Path(given.control_socket), metrics, board, Path(given.ledger))
-    connections = inbound.protocol(settings.server)
-    server = _Server(_uvicorn_config(made, connections, settings))
+    server = _Server(_uvicorn_config(made, settings.server))
     listening = socket.socket(fileno=given.listen_fd)
-    uvloop.run(_serve(server, listening, settings.server, _follow(line, made, connections)))
+    uvloop.run(_serve(server, listening, settings.server, _follow(line, made, server)))
     return 0
 
 
-def _uvicorn_config(worker: Worker, connections: type[inbound.Connection], settings: config.Config) -> uvicorn.Config:
+def _grace(settings: config.Server) -> int:
+    return max(1, round(settings.drain_timeout))
+
+
+def _uvicorn_config(worker: Worker, settings: config.Server) -> uvicorn.Config:
     return uvicorn.Config(
         worker.app(),
         interface="asgi3",
-        http=connections,
+        http=inbound.protocol(settings),
         ws="none",
         lifespan="on",
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=max(1, round(settings.server.drain_timeout)),
+        timeout_graceful_shutdown=_grace(settings),
     )
 
 
@@ -96,7 +105,7 @@ def _spare_the_collector() -> None:
     gc.set_threshold(_GC_THRESHOLD, 20, 50)
 
 
-async def _follow(line: socket.socket, worker: Worker, connections: type[inbound.Connection]) -> None:
+async def _follow(line: socket.socket, worker: Worker, server: _Server) -> None:
     """Follow each configuration that the parent has; end at once when its end of the line closes, however it ends."""
     reader, writer = await asyncio.open_unix_connection(sock=line)
     while True:
@@ -104,10 +113,10 @@ async def _follow(line: socket.socket, worker: Worker, connections: type[inbound
             orders = await Orders.read(reader)
         except (EOFError, OSError):
             os._exit(1)
-        writer.write((await _done(orders, worker, connections)).frame())
+        writer.write((await _done(orders, worker, server)).frame())
 
 
-async def _done(orders: Orders, worker: Worker, connections: type[inbound.Connection]) -> Followed:
+async def _done(orders: Orders, worker: Worker, server: _Server) -> Followed:
     """Follow another configuration, and say whether that was possible. The parent has checked it."""
     settings = config.decode(orders.config)
     try:
@@ -115,7 +124,7 @@ async def _done(orders: Orders, worker: Worker, connections: type[inbound.Connec
     except Exception:
         log.exception("cannot follow a new configuration")
         return Followed(orders.generation, failed=True)
-    inbound.follow(connections, settings.server)
+    server.follow(settings.server)
     return Followed(orders.generation)
 
 

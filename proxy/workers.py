@@ -104,7 +104,7 @@ class Workers:
         self._control_socket = str(paths.control_socket)
         self._ledger = str(paths.ledger)
         self._count = settings.server.workers
-        self._console = console
+        self.console = console
         # All mutable state: the processes that run now, and whether they are meant to; what they follow.
         self._running: set[_Worker] = set()
         self._stopping = False
@@ -159,7 +159,7 @@ class Workers:
             deaths = deaths + 1 if loop.time() - started < _QUICK_DEATH else 0
             if deaths >= _QUICK_DEATHS:
                 raise ServeError(f"workers end as soon as they start (exit status {status}); see above")
-            self._console.say(f"a worker ended (exit status {status}); starting another", style="yellow")
+            self.console.say(f"a worker ended (exit status {status}); starting another", style="yellow")
 
     async def _run_one(self, number: int) -> int:
         ours, theirs = socket.socketpair()

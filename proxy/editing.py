@@ -1,0 +1,132 @@
+"""Changes a model in the text of a configuration, and leaves all else there as it is: comments, order, `${NAME}`."""
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+from ruamel.yaml.util import load_yaml_guess_indent
+
+from proxy.config import MASK
+from proxy.errors import ConfigError, FileReadOnly
+
+_WIDTH = 10_000  # characters: lines stay as long as they are
+
+
+def put_model(text: str, name: str, settings: Mapping[str, Any]) -> str:
+    """Return the text with a model of these settings, in the place of one of that name. Raises ConfigError.
+
+    A string that is MASK stands for what is there now, which is how a secret was shown.
+    """
+
+    def put(models: CommentedMap) -> None:
+        models[name] = _merged(models.get(name), dict(settings), ("models", name))
+
+    return _edited(text, put, name)
+
+
+def remove_model(text: str, name: str) -> str:
+    """Return the text without a model. Raises ConfigError."""
+
+    def remove(models: CommentedMap) -> None:
+        models.pop(name, None)
+
+    return _edited(text, remove, name)
+
+
+def write(path: Path, text: str) -> None:
+    """Put a text in the place of a file, whole or not at all; its mode stays. Raises FileReadOnly."""
+    path = path.resolve()
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if not mode & stat.S_IWUSR or not os.access(path, os.W_OK):
+            raise FileReadOnly(f"{path}: the file is read-only; make it writable, or edit it where it comes from")
+        _replace(path, text, mode)
+    except OSError as e:
+        raise FileReadOnly(f"{path}: cannot be written: {e.strerror}") from None
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    descriptor, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            os.fchmod(descriptor, mode)
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(new, path)
+    except BaseException:
+        os.unlink(new)
+        raise
+
+
+def _edited(text: str, edit: Callable[[CommentedMap], None], name: str) -> str:
+    """Apply an edit to the models of a document; refuse one that would change anything else."""
+    round_trip = YAML()
+    round_trip.preserve_quotes = True
+    round_trip.width = _WIDTH
+    _, mapping, sequence = load_yaml_guess_indent(text)
+    round_trip.indent(mapping=mapping or 2, sequence=(mapping or 2) + (sequence or 0), offset=sequence or 0)
+    document = cast(CommentedMap, round_trip.load(text)) or CommentedMap()
+    if not document.get("models"):
+        document["models"] = CommentedMap()
+    edit(document["models"])
+    written = StringIO()
+    round_trip.dump(document, written)
+    _check(text, written.getvalue(), name)
+    return written.getvalue()
+
+
+def _check(before: str, after: str, name: str) -> None:
+    """See that all but one model reads as it did: two libraries, and two versions of YAML, meet here."""
+    old, new = (yaml.safe_load(text) or {} for text in (before, after))
+    for data in (old, new):
+        data["models"] = {key: value for key, value in (data.get("models") or {}).items() if key != name}
+    if old != new:
+        raise ConfigError(f"models.{name}: more than this model would change in the file; edit it by hand")
+
+
+def _merged(old: Any, new: Any, path: tuple[str | int, ...]) -> Any:
+    """Return a value to be written: the old one, with its comments, as far as it can stay."""
+    if new == MASK:
+        if not isinstance(old, str):
+            raise ConfigError(f"{_dotted(path)}: {MASK} stands for a secret that is there already, and there is none")
+        return old
+    if isinstance(new, dict) and isinstance(old, CommentedMap):
+        for key in [key for key in old if key not in new]:
+            del old[key]
+        for key, value in new.items():
+            old[key] = _merged(old.get(key), value, (*path, key))
+        return old
+    if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
+        for i, value in enumerate(new):
+            old[i] = _merged(old[i], value, (*path, i))
+        return old
+    return old if old == new and isinstance(old, type(new)) else _fresh(new, path)
+
+
+def _fresh(value: Any, path: tuple[str | int, ...]) -> Any:
+    if isinstance(value, dict):
+        return CommentedMap({key: _merged(None, item, (*path, key)) for key, item in value.items()})
+    if isinstance(value, list):
+        return [_merged(None, item, (*path, i)) for i, item in enumerate(value)]
+    return DoubleQuotedScalarString(value) if isinstance(value, str) and _needs_quotes(value) else value
+
+
+def _needs_quotes(text: str) -> bool:
+    """Say whether YAML 1.1, which reads the file, takes a plain text for something else: `on`, `1_000`, `~`."""
+    try:
+        return bool(yaml.safe_load(text) != text)
+    except yaml.YAMLError:
+        return True
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))
