@@ -52,7 +52,7 @@ class Worker:
         # a transport for each address in use, and the tasks that go on beside the requests, by what they do.
         self._config = config
         self._fleet = FleetStatus(version=0)
-        self._tariffs: dict[market.Offer, Tariff] = {}
+        self._tariffs: dict[market.Offer, Tariff | None] = {}
         self._prices = Prices(config, metrics.throughput)
         admin = Admin(self._supervisor)
         self._api = Api(self._chat(), self._live, metrics, config.server, self._prices, self._books, admin)
@@ -114,11 +114,11 @@ class Worker:
 
     async def _learn_prices(self, prices: Prices, offers: list[market.Offer]) -> None:
         """Look up what is asked for, and keep it for the next configuration."""
-        known = {o.endpoint: self._tariffs[o] for o in offers if o in self._tariffs}
-        prices.learn(known)
-        new = await market.ask([o for o in offers if o.endpoint not in known])
-        prices.learn(new)
-        self._tariffs |= {o: new[o.endpoint] for o in offers if o.endpoint in new}
+        prices.learn({o.endpoint: tariff for o in offers if (tariff := self._tariffs.get(o))})
+        new = [o for o in offers if o not in self._tariffs]
+        learned = await market.ask(new)
+        prices.learn(learned)
+        self._tariffs |= {o: learned.get(o.endpoint) for o in new}
 
     async def _close_unused(self) -> None:
         """Close the transports to addresses that no endpoint has any more, when nothing is under way there."""

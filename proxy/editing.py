@@ -3,7 +3,7 @@
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +12,8 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
-from ruamel.yaml.util import load_yaml_guess_indent
 
-from proxy.config import MASK
+from proxy.config import MASK, dotted
 from proxy.errors import ConfigError, FileReadOnly
 
 _WIDTH = 10_000  # characters: lines stay as long as they are
@@ -27,7 +26,7 @@ def put_model(text: str, name: str, settings: Mapping[str, Any]) -> str:
     """
 
     def put(models: CommentedMap) -> None:
-        models[name] = _merged(models.get(name), dict(settings), ("models", name))
+        models[_quoted(name)] = _merged(models.get(name), dict(settings), ("models", name))
 
     return _edited(text, put, name)
 
@@ -72,8 +71,7 @@ def _edited(text: str, edit: Callable[[CommentedMap], None], name: str) -> str:
     round_trip = YAML()
     round_trip.preserve_quotes = True
     round_trip.width = _WIDTH
-    _, mapping, sequence = load_yaml_guess_indent(text)
-    round_trip.indent(mapping=mapping or 2, sequence=(mapping or 2) + (sequence or 0), offset=sequence or 0)
+    round_trip.indent(**_indents(text))
     document = cast(CommentedMap, round_trip.load(text)) or CommentedMap()
     if not document.get("models"):
         document["models"] = CommentedMap()
@@ -84,26 +82,55 @@ def _edited(text: str, edit: Callable[[CommentedMap], None], name: str) -> str:
     return written.getvalue()
 
 
+def _indents(text: str) -> dict[str, int]:
+    """Return how far a mapping, an item of a list and its dash are indented, as the text first has it."""
+    found: dict[str, int] = {}
+    for key, value in _entries(yaml.compose(text, Loader=yaml.SafeLoader)):
+        column = key.start_mark.column
+        if value.flow_style or not value.value:
+            continue
+        if isinstance(value, yaml.MappingNode):
+            found.setdefault("mapping", value.start_mark.column - column)
+        elif isinstance(value, yaml.SequenceNode):
+            found.setdefault("offset", value.start_mark.column - column)
+            found.setdefault("sequence", value.value[0].start_mark.column - column)
+    return {"mapping": 2, "sequence": 4, "offset": 2} | found
+
+
+def _entries(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.CollectionNode]]:
+    """Yield the keys of all mappings whose values are mappings or lists."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(value, yaml.CollectionNode):
+                yield key, value
+                yield from _entries(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _entries(item)
+
+
 def _check(before: str, after: str, name: str) -> None:
     """See that all but one model reads as it did: two libraries, and two versions of YAML, meet here."""
     old, new = (yaml.safe_load(text) or {} for text in (before, after))
     for data in (old, new):
         data["models"] = {key: value for key, value in (data.get("models") or {}).items() if key != name}
     if old != new:
-        raise ConfigError(f"models.{name}: more than this model would change in the file; edit it by hand")
+        problem = "more than this model would change in the file; edit it by hand"
+        raise ConfigError(f"models.{name}: {problem}", f"models.{name}", problem)
 
 
 def _merged(old: Any, new: Any, path: tuple[str | int, ...]) -> Any:
     """Return a value to be written: the old one, with its comments, as far as it can stay."""
     if new == MASK:
         if not isinstance(old, str):
-            raise ConfigError(f"{_dotted(path)}: {MASK} stands for a secret that is there already, and there is none")
+            problem = f"{MASK} stands for a secret that is there already, and there is none"
+            raise ConfigError(f"{dotted(path)}: {problem}", dotted(path), problem)
         return old
     if isinstance(new, dict) and isinstance(old, CommentedMap):
         for key in [key for key in old if key not in new]:
             del old[key]
         for key, value in new.items():
-            old[key] = _merged(old.get(key), value, (*path, key))
+            old[_quoted(key)] = _merged(old.get(key), value, (*path, key))
         return old
     if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
         for i, value in enumerate(new):
@@ -114,19 +141,16 @@ def _merged(old: Any, new: Any, path: tuple[str | int, ...]) -> Any:
 
 def _fresh(value: Any, path: tuple[str | int, ...]) -> Any:
     if isinstance(value, dict):
-        return CommentedMap({key: _merged(None, item, (*path, key)) for key, item in value.items()})
+        return CommentedMap({_quoted(key): _merged(None, item, (*path, key)) for key, item in value.items()})
     if isinstance(value, list):
         return [_merged(None, item, (*path, i)) for i, item in enumerate(value)]
-    return DoubleQuotedScalarString(value) if isinstance(value, str) and _needs_quotes(value) else value
+    return _quoted(value) if isinstance(value, str) else value
 
 
-def _needs_quotes(text: str) -> bool:
-    """Say whether YAML 1.1, which reads the file, takes a plain text for something else: `on`, `1_000`, `~`."""
+def _quoted(text: str) -> str:
+    """Return a text in quotes where YAML 1.1, as which it is read, takes it for something else: `on`, `1_000`, `~`."""
     try:
-        return bool(yaml.safe_load(text) != text)
-    except yaml.YAMLError:
-        return True
-
-
-def _dotted(path: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, path))
+        is_text = yaml.safe_load(text) == text
+    except (yaml.YAMLError, ValueError):
+        is_text = False
+    return text if is_text else DoubleQuotedScalarString(text)

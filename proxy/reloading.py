@@ -8,11 +8,12 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, Self
 
 import msgspec
 
-from proxy import changes, config, editing, providers
+from proxy import changes, config, providers
 from proxy.changes import Changes
 from proxy.config import Loaded
 from proxy.console import Console
@@ -97,15 +98,17 @@ class Reloader:
 
     async def put_model(self, name: str, settings: Mapping[str, Any]) -> Applied:
         """Have a model of these settings, here and in the file. Raises the same, and the file is as it was then."""
-        return await self._edit(lambda text: editing.put_model(text, name, settings))
+        return await self._edit(lambda editing, text: editing.put_model(text, name, settings))
 
     async def delete_model(self, name: str) -> Applied:
         """Have a model no more, here and in the file. Raises the same."""
-        return await self._edit(lambda text: editing.remove_model(text, name))
+        return await self._edit(lambda editing, text: editing.remove_model(text, name))
 
-    async def _edit(self, edit: Callable[[str], str]) -> Applied:
+    async def _edit(self, edit: Callable[[ModuleType, str], str]) -> Applied:
+        from proxy import editing  # it takes a while to import, and most servers never need it
+
         async with self._lock:
-            text = edit(config.read(self._file))
+            text = edit(editing, config.read(self._file))
             new = await self._checked(text)
             editing.write(self._file, text)
             self._tried = _digest(text)
