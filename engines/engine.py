@@ -184,7 +184,7 @@ class Engine:
                 log.error("engine %s: its task failed", self.spec.id, exc_info=bug)
         self._life = None
         if self.state != "stopped":
-            self._move("stopped", address=None, context_length=None, restarts=0)
+            self._move("stopped", address=None, context_length=None, version=None, restarts=0)
 
     async def _drain(self, life: asyncio.Task[None]) -> None:
         """Wait until a ready engine has nothing in flight, twice in a row, or until its time is up."""
@@ -271,17 +271,17 @@ class Engine:
             raise CannotStart(self._with_tail("its program could not be run"))
         self._set(pid=pid, address=launch.address)
         async with contextlib.aclosing(Probe(launch.address, self.spec.model)) as probe:
-            context = await _while_alive(process, self._ready(probe))
+            context, version = await _while_alive(process, self._ready(probe))
             process.watch_members()
             self._probe = probe
             try:
-                self._move("ready", context_length=context)
+                self._move("ready", context_length=context, version=version)
                 await _while_alive(process, self._watch(process, probe))
             finally:
                 self._probe = None
 
-    async def _ready(self, probe: Probe) -> int | None:
-        """Wait until the engine is ready; return its context length."""
+    async def _ready(self, probe: Probe) -> tuple[int | None, str | None]:
+        """Wait until the engine is ready; return its context length and version."""
         limit = self.spec.settings.start_timeout
         began = time.monotonic()
         while (card := await probe.card()) is None:
@@ -291,7 +291,7 @@ class Engine:
             step = loading_step(tail_of_run(self.log_path, _LOADING_LINES, _LOADING_BYTES))
             self._step(f"{step.detail} ({elapsed:.0f} s)", step.progress)
             await asyncio.sleep(min(self._pace.loading, limit))
-        return card.max_model_len
+        return card.max_model_len, await probe.version()
 
     async def _watch(self, process: Process, probe: Probe) -> None:
         """Look at a ready engine for as long as it is well; raise Crashed when it is not."""
@@ -335,7 +335,7 @@ class Engine:
         if self.state == "failed":
             self._set(detail=detail)
         elif self.state != "draining":
-            self._move("failed", detail=detail, address=None, context_length=None)
+            self._move("failed", detail=detail, address=None, context_length=None, version=None)
 
     def _step(self, detail: str, progress: float | None) -> None:
         if self.state == "starting":

@@ -38,6 +38,10 @@ class _Cards(msgspec.Struct):
     data: list[_Card]
 
 
+class _About(msgspec.Struct):
+    version: str | None = None
+
+
 class Probe:
     """Asks one engine. Nothing here raises for an engine that does not answer."""
 
@@ -61,6 +65,12 @@ class Probe:
             if (await self._client.get("/health")).status_code == 200:
                 cards = msgspec.json.decode((await self._client.get("/v1/models")).content, type=_Cards)
                 return next((card for card in cards.data if card.id == self._model), None)
+        return None
+
+    async def version(self) -> str | None:
+        """Return the version of the engine's server, None where it does not tell."""
+        with contextlib.suppress(httpx2.HTTPError, msgspec.DecodeError):
+            return msgspec.json.decode((await self._client.get("/version")).content, type=_About).version
         return None
 
     async def look(self) -> Answer:

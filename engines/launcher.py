@@ -64,7 +64,7 @@ class Launcher:
             async with asyncio.TaskGroup() as together:  # 2
                 installing = together.create_task(environment.ensure(kind, self._paths, report))
                 together.create_task(weights.fetch(source, self._paths, lambda *_: None))
-        except* Exception as failures:
+        except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         interpreter = installing.result()
         if kind not in self._warming:

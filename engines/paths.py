@@ -14,7 +14,8 @@ _SOCKET_PATH_LIMIT = 100  # sun_path holds 108 bytes on Linux; leave room for th
 class StatePaths(msgspec.Struct, frozen=True):
     """Folders of one server. data: environments and weights, large, may be shared by several servers.
 
-    logs, run, ledger: the logs, sockets and the lock, and the ledger of requests of this server alone.
+    logs, run, ledger, capabilities: the logs, sockets and the lock, the ledger of requests of this server alone, and
+    what it found out of its models.
     """
 
     data: Path
@@ -41,6 +42,10 @@ class StatePaths(msgspec.Struct, frozen=True):
     @property
     def ledger(self) -> Path:
         return self.logs.parent / "ledger"
+
+    @property
+    def capabilities(self) -> Path:
+        return self.logs.parent / "capabilities"
 
     @property
     def control_socket(self) -> Path:

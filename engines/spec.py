@@ -108,7 +108,8 @@ class EngineStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     address: `unix:/path` or `http://127.0.0.1:port`; None until it has one.
     detail: what it is doing or why it failed, for a person. progress: share of the current step done, 0 to 1.
     since: UNIX time of the last change of state. retry_at: UNIX time of the next restart of a failed engine.
-    context_length: tokens, as the ready engine reports it. restarts: restarts after a crash since it was loaded.
+    context_length, version: tokens, and of its server, as the ready engine reports them.
+    restarts: restarts after a crash since it was loaded.
     """
 
     id: str
@@ -123,6 +124,7 @@ class EngineStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     restarts: int = 0
     retry_at: float | None = None
     context_length: int | None = None
+    version: str | None = None
 
 
 class FleetStatus(msgspec.Struct, frozen=True):

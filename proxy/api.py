@@ -32,10 +32,10 @@ from proxy.errors import (
 from proxy.ledger import usage
 from proxy.ledger.books import Books
 from proxy.ledger.recorder import Both
+from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry
-from proxy.registry import Model, Registry
+from proxy.registry import BEST_FIRST, Model, Preset, Registry
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.telemetry import OPERATIONS, OTHER, Sink
@@ -89,6 +89,10 @@ class Api:
     async def model_request(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         """Serve a POST whose body names a model."""
         await self._guarded(scope, receive, send, "POST", self._answer)
+
+    async def route(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
+        """POST /v1/route: how a request would be routed."""
+        await self._guarded(scope, receive, send, "POST", self._explain_route)
 
     async def rest(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         """GET /v1/models, GET /v1/models/{id}, GET /v1/usage, /admin/models, and every path that there is not."""
@@ -155,22 +159,26 @@ class Api:
             await exchange.close()
 
     async def _answer(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        request = await self._read(scope, receive, visit)
+        if request is not None:
+            await self._relay(request, send, visit.exchange)
+
+    async def _explain_route(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        request = await self._read(scope, receive, visit)
+        if request is not None:
+            await _send_json(send, 200, self._chat.explain(request), [(b"x-request-id", visit.request_id)])
+            visit.exchange.complete()
+
+    async def _read(self, scope: HTTPScope, receive: Receive, visit: Visit) -> Incoming | None:
+        """Return the whole request, None if the client has gone."""
         deadline = Deadline.of(scope["headers"])
         body = await _read_body(scope, receive, self._server.max_body_bytes)
         if body is None:
-            return
+            return None
         visit.exchange.received()
-        request = Incoming(
-            method=scope["method"],
-            path=scope["path"].rstrip("/"),
-            query=scope["query_string"],
-            headers=cast(Headers, scope["headers"]),
-            body=body,
-            request_id=visit.request_id,
-            salt=visit.caller.salt,
-            deadline=deadline,
-        )
-        await self._relay(request, send, visit.exchange)
+        path, query, headers = scope["path"].rstrip("/"), scope["query_string"], cast(Headers, scope["headers"])
+        salt, models = visit.caller.salt, visit.caller.models
+        return Incoming(scope["method"], path, query, headers, body, visit.request_id, salt, deadline, models)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
         answering = self._chat.answer(request, exchange)
@@ -208,12 +216,12 @@ class Api:
             return reply.give_up(e), False
 
     async def _show_models(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
-        registry = self._live.current
+        registry, only = self._live.current, visit.caller.models
         name = unquote(scope["raw_path"].decode("latin-1")).removeprefix("/v1/models").strip("/")
         if name:
-            body = self._card(registry, name)
+            body = self._card(registry, name, only)
         else:
-            body = {"object": "list", "data": [self._card(registry, name) for name in registry.names()]}
+            body = {"object": "list", "data": [self._card(registry, name, only) for name in registry.names(only)]}
         await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
         visit.exchange.complete()
 
@@ -247,20 +255,26 @@ class Api:
     async def _refuse_path(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         path = scope["raw_path"].decode("latin-1")
         raise UnknownPath(
-            scope["method"], path, (*MODEL_PATHS, "/v1/models", "/v1/usage", "/health", "/ready", "/metrics")
+            scope["method"],
+            path,
+            (*MODEL_PATHS, "/v1/models", "/v1/route", "/v1/usage", "/health", "/ready", "/metrics"),
         )
 
-    def _card(self, registry: Registry, name: str) -> dict[str, Any]:
-        model: Model = registry.resolve(name)
+    def _card(self, registry: Registry, name: str, only: frozenset[str] | None) -> dict[str, Any]:
+        target = registry.resolve(name, only)
+        of = target.of if isinstance(target, Preset) else target
+        models = [of] if isinstance(of, Model) else [registry.models[member] for member in of.members]
+        best = min(models, key=lambda model: BEST_FIRST.index(model.state), default=None)
+        contexts = [model.context_length for model in models if model.context_length]
         return {
             "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "polyvox",
-            "root": model.name,
+            "root": of.name,
             "parent": None,
-            "max_model_len": model.context_length,
-            "state": model.state,
+            "max_model_len": max(contexts, default=None),
+            "state": best.state if best else "stopped",
         }
 
 
@@ -338,6 +352,7 @@ def _litestar(api: Api, on_startup: list[Any], on_shutdown: list[Any]) -> Litest
     return Litestar(
         route_handlers=[
             asgi(list(MODEL_PATHS), copy_scope=False)(_plain(api.model_request)),
+            asgi("/v1/route", copy_scope=False)(_plain(api.route)),
             asgi("/health", copy_scope=False)(_plain(api.health)),
             asgi("/ready", copy_scope=False)(_plain(api.ready)),
             asgi("/metrics", copy_scope=False)(_plain(api.metrics)),

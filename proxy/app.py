@@ -4,7 +4,7 @@ import asyncio
 import importlib
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from litestar.types import ASGIApp
 
@@ -14,14 +14,16 @@ from proxy.admin import Admin
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
+from proxy.capabilities import Folder
 from proxy.chat import Chat
 from proxy.config import Balance, Config, Queue
 from proxy.cost import Price, Tariff
+from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
+from proxy.live import LiveRegistry, Sources, watch_findings, watch_fleet
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.probe import LiveRegistry, watch_fleet
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
@@ -33,27 +35,39 @@ from proxy.transport.local import LocalTransport
 _CLOSING = 1.0  # seconds between two looks whether something that is used no more can be closed
 
 
+class Places(NamedTuple):
+    """Where a worker finds what it shares: the supervisor's socket, and the folders of ledger and findings."""
+
+    control_socket: Path
+    ledger: Path
+    capabilities: Path
+
+
 class Worker:
     """What one worker process holds."""
 
-    def __init__(self, config: Config, control_socket: Path, metrics: Metrics, board: Board, ledger: Path) -> None:
-        """ledger: the folder of a server that keeps one."""
+    def __init__(self, config: Config, places: Places, metrics: Metrics, board: Board) -> None:
         providers.prepare(config)
         self._metrics = metrics
         self._board = board
         self._balancer = make_balancer(config, board)
         self._admission = make_admission(config, self._balancer, metrics)
-        self._supervisor = LocalTransport(f"unix:{control_socket}")
-        self._live = LiveRegistry(registry.build(config, FleetStatus(version=0)))
-        self._books = make_books(config, ledger, lambda: self._prices.known())
+        self._supervisor = LocalTransport(f"unix:{places.control_socket}")
+        self._found = Folder(places.capabilities)
+        self._found_at = self._found.changed()
+        parts = config, FleetStatus(version=0), self._found.read()
+        self._live = LiveRegistry(registry.build(*parts))
+        self._sources = Sources(self._live, *parts)
+        self._books = make_books(config, places.ledger, lambda: self._prices.known())
         self._endpoints = Endpoints(metrics)
         self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
-        # All mutable state: the configuration and what was learned beside it, of engines and of prices; what answers;
-        # a transport for each address in use, and the tasks that go on beside the requests, by what they do.
+        # All mutable state: the configuration and what was learned of prices beside it; what answers; a transport for
+        # each address in use, and the tasks that go on beside the requests, by what they do.
         self._config = config
-        self._fleet = FleetStatus(version=0)
         self._tariffs: dict[market.Offer, Tariff | None] = {}
         self._prices = Prices(config, metrics.throughput)
+        speed = metrics.tokens_per_second
+        self._dispatcher = Dispatcher(self._endpoints, config.limits, self._prices, speed)
         admin = Admin(self._supervisor)
         self._api = Api(self._chat(), self._live, metrics, config.server, self._prices, self._books, admin)
         self._transports: dict[str, Transport] = {}
@@ -79,17 +93,19 @@ class Worker:
         self._balancer.follow(config.endpoint_names(), policies_of(config))
         self._admission.follow(queues_of(config))
         self._prices = Prices(config, self._metrics.throughput)
-        self._live.replace(registry.build(config, self._fleet))
+        self._dispatcher.follow(config.limits, self._prices)
+        self._sources.follow(config)
         self._endpoints.keep([name for names in config.endpoint_names().values() for name in names])
         self._api.follow(self._chat(), config.server, self._prices)
         self._look_around()
 
     def _chat(self) -> Chat:
-        config = self._config
-        start_wait, limits = config.server.start_wait, config.limits
-        return Chat(Ways(self._live, self._endpoints, self._transport_to, start_wait, limits, self._admission))
+        start_wait, limits = self._config.server.start_wait, self._config.limits
+        ways = Ways(self._live, self._endpoints, self._transport_to, start_wait, limits, self._admission)
+        return Chat(ways, self._dispatcher)
 
     async def _start(self) -> None:
+        self._go_on("finding", watch_findings(self._sources, self._found, self._found_at))
         if self._books:
             self._go_on("recording", self._books.recorder.run())
         self._look_around()
@@ -97,7 +113,7 @@ class Worker:
     def _look_around(self) -> None:
         """Follow the engines, the gauges and the prices of what the configuration names."""
         if self._config.engines() and "watching" not in self._beside:
-            self._go_on("watching", watch_fleet(self._hear, self._supervisor))
+            self._go_on("watching", watch_fleet(self._sources, self._supervisor))
         self._go_on("gauging", gauging.follow(self._board.mine(), self._live, self._transport_to, self._balancer))
         self._go_on("pricing", self._learn_prices(self._prices, market.offers(self._config)))
         self._go_on("closing", self._close_unused())
@@ -107,10 +123,6 @@ class Worker:
         if name in self._beside:
             self._beside[name].cancel()
         self._beside[name] = asyncio.create_task(work)
-
-    def _hear(self, fleet: FleetStatus) -> None:
-        self._fleet = fleet
-        self._live.replace(registry.build(self._config, fleet))
 
     async def _learn_prices(self, prices: Prices, offers: list[market.Offer]) -> None:
         """Look up what is asked for, and keep it for the next configuration."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from proxy.config import Secret
+from proxy.config import ApiKey, Secret
 from proxy.errors import WrongKey
 
 
@@ -15,11 +15,13 @@ class Caller(msgspec.Struct, frozen=True):
 
     salt: keeps what one key sent apart from all others in an engine's prefix cache; None without keys. id: what the key
     is called where it must not be known; "" without keys. is_admin: it is one of those that may see and do everything.
+    models: the names that it may ask for, None for all.
     """
 
     salt: str | None = None
     id: str = ""
     is_admin: bool = False
+    models: frozenset[str] | None = None
 
 
 class Keys:
@@ -27,11 +29,14 @@ class Keys:
 
     def __init__(self, keys: Iterable[Secret], *, admins: Iterable[Secret] = (), required: bool = False) -> None:
         """admins: keys that are taken as well, and make their callers admins."""
-        ordinary = [key.reveal().encode() for key in keys]
+        ordinary = list(keys)
         self._open = not ordinary and not required
         self._callers = (
             *((_digest(key.reveal().encode()), _caller(key.reveal().encode(), is_admin=True)) for key in admins),
-            *((_digest(secret), _caller(secret)) for secret in ordinary),
+            *(
+                (_digest(key.reveal().encode()), _caller(key.reveal().encode(), models=_models(key)))
+                for key in ordinary
+            ),
         )
 
     def __repr__(self) -> str:
@@ -65,8 +70,12 @@ def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 _ANYBODY = Caller()
 
 
-def _caller(key: bytes, *, is_admin: bool = False) -> Caller:
-    return Caller(_salt(key), key_id(key), is_admin)
+def _caller(key: bytes, *, is_admin: bool = False, models: frozenset[str] | None = None) -> Caller:
+    return Caller(_salt(key), key_id(key), is_admin, models)
+
+
+def _models(key: Secret) -> frozenset[str] | None:
+    return frozenset(key.models) if isinstance(key, ApiKey) and key.models is not None else None
 
 
 def key_id(key: bytes) -> str:

@@ -1,11 +1,18 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import msgspec
 
-from proxy import accounting, forbidden, limits, wire
+from proxy import accounting, explanation, forbidden, limits, presets, wire, wishes
 from proxy.deadline import Deadline
+from proxy.dispatch import Dispatcher, Inquiry
+from proxy.errors import BadRequest
 from proxy.fallback import Walk
 from proxy.providers import Asked
+from proxy.registry import Group, Model, Preset, Registry
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -14,10 +21,15 @@ from proxy.transport import content_type
 Headers = list[tuple[bytes, bytes]]
 
 _FORMS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations"))
+# By what a request has that is only to be explained: the path that it would be sent to.
+_TALKS = {"messages": "/v1/chat/completions", "input": "/v1/responses", "prompt": "/v1/completions"}
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A request as it reached us, its body whole. salt: see auth.Caller. deadline: when its client will be gone."""
+    """A request as it reached us, its body whole.
+
+    salt, models: see auth.Caller. deadline: when its client will be gone.
+    """
 
     method: str
     path: str
@@ -27,13 +39,15 @@ class Incoming(msgspec.Struct, frozen=True):
     request_id: bytes
     salt: str | None = None
     deadline: Deadline | None = None
+    models: frozenset[str] | None = None
 
 
 class Chat:
     """Answers requests for models."""
 
-    def __init__(self, ways: Ways) -> None:
+    def __init__(self, ways: Ways, dispatcher: Dispatcher | None = None) -> None:
         self._ways = ways
+        self._dispatcher = dispatcher or Dispatcher(ways.endpoints, ways.limits)
 
     def __repr__(self) -> str:
         return f"<Chat {self._ways.endpoints!r}>"
@@ -42,22 +56,66 @@ class Chat:
         """Answer one request. Whatever is taken for it is given back when the exchange is closed.
 
         1. Read the few fields that decide where it goes.
-        2. Find the model behind the name, refuse what it may not be asked.
-        3. Walk from endpoint to endpoint until one answers, under the name that was asked for.
+        2. Find what stands behind the name; put a preset in.
+        3. Find the model, which the router does where there are several; refuse what it may not be asked.
+        4. Walk from endpoint to endpoint until one answers, under the name that was asked for.
         """
         kind = content_type(request.headers) if request.path in _FORMS else b""
         form = kind.lower().startswith(b"multipart/form-data")
         envelope = wire.read_form(request.body, kind) if form else wire.read_json(request.body)
         registry = self._ways.live.current
-        model = registry.resolve(envelope.model)
+        target = registry.resolve(envelope.model, request.models)
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
-        forbidden.check(envelope.fields, model.policy, self._ways.limits)
-        exchange.model, exchange.alias = model.name, envelope.model
+        exchange.alias = envelope.model
         asked = _asked(request, envelope, form=form)
-        if envelope.stream and (options := envelope.fields.get("stream_options")):
-            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
+        if isinstance(target, Preset):
+            asked, target = _with_preset(asked, target), target.of
+        if not isinstance(target, Model) or wishes.FIELD in envelope.fields:
+            return await self._routed(registry, target, asked, request, exchange)
+        forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
         chain = registry.chains.get(envelope.model, ())
+        if request.models is not None:
+            chain = tuple(name for name in chain if name in request.models)
+        return await self._walk(asked, target, chain, request, exchange)
+
+    async def _routed(
+        self, registry: Registry, target: Model | Group, asked: Asked, request: Incoming, exchange: Exchange
+    ) -> Reply:
+        """Answer a request for which the router chooses."""
+        routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
+        exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
+        model = registry.models[routed.plan.models[0]]
+        reply = await self._walk(_without_wishes(asked), model, routed.chain, request, exchange)
+        if routed.explains:
+            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.chain)),)
+        return reply
+
+    async def _walk(
+        self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange
+    ) -> Reply:
+        exchange.model = model.name
+        if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
+            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
         return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+
+    def explain(self, request: Incoming) -> dict[str, Any]:
+        """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
+        envelope = wire.read_json(request.body, model="auto")
+        path = next((path for field, path in _TALKS.items() if field in envelope.fields), None)
+        if path is None:
+            raise BadRequest(f"give one of {', '.join(_TALKS)}, as in a request for an answer.", param="messages")
+        registry = self._ways.live.current
+        target = registry.resolve(envelope.model, request.models)
+        limits.check(path, request.body, envelope.fields, self._ways.limits)
+        if isinstance(target, Preset):
+            fields = presets.applied(target, path, dict(envelope.fields))
+            envelope, target = msgspec.structs.replace(envelope, fields=fields), target.of
+        routed = self._dispatcher.consider(registry, target, _inquiry(path, envelope, request))
+        return explanation.full(routed.plan, routed.chain, envelope.model)
+
+
+def _inquiry(path: str, envelope: wire.Envelope, request: Incoming) -> Inquiry:
+    return Inquiry(path, envelope.fields, request.headers, envelope.model, request.models)
 
 
 def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
@@ -66,13 +124,30 @@ def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
     )
 
 
+def _with_preset(asked: Asked, preset: Preset) -> Asked:
+    fields = dict(asked.envelope.fields)
+    put = presets.applied(preset, asked.path, fields)
+    return asked if put is fields else _with_fields(asked, put)
+
+
+def _without_wishes(asked: Asked) -> Asked:
+    """Take out what only the router is meant to see."""
+    fields = asked.envelope.fields
+    if wishes.FIELD not in fields:
+        return asked
+    return _with_fields(asked, {name: value for name, value in fields.items() if name != wishes.FIELD})
+
+
+def _with_fields(asked: Asked, fields: dict[str, msgspec.Raw]) -> Asked:
+    """Write the body anew from these fields, whose values keep their bytes."""
+    envelope = msgspec.structs.replace(asked.envelope, fields=fields)
+    return msgspec.structs.replace(asked, body=wire.encode(fields), envelope=envelope)
+
+
 def _without_cost(asked: Asked, stream_options: bytes) -> tuple[Asked, bool]:
     """Take the wish for the cost of a stream out of a request; say whether it is one."""
     taken = accounting.take_cost(stream_options)
     if taken is None:
         return asked, False
     options, wish = msgspec.Raw(taken[0]), taken[1]
-    fields = {**asked.envelope.fields, "stream_options": options}
-    envelope = msgspec.structs.replace(asked.envelope, fields=fields)
-    body = wire.replace_field(asked.body, "stream_options", options)
-    return msgspec.structs.replace(asked, body=body, envelope=envelope), wish
+    return _with_fields(asked, {**asked.envelope.fields, "stream_options": options}), wish

@@ -14,6 +14,7 @@ from proxy import config, providers
 from proxy.config import Loaded
 from proxy.console import print_table
 from proxy.errors import ConfigError, ServeError
+from proxy.naming import AliasSettings
 
 
 def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
@@ -44,7 +45,13 @@ def _print_remote(loaded: Loaded) -> None:
         print_table(("MODEL", "PROVIDER", "URL", "ITS NAME THERE", "WITH"), rows)
     if loaded.config.aliases:
         click.echo("\nAliases")
-        print_table(("ALIAS", "MODEL"), list(loaded.config.aliases.items()))
+        print_table(("ALIAS", "MODEL"), [(name, _target(to)) for name, to in loaded.config.aliases.items()])
+
+
+def _target(to: str | AliasSettings) -> str:
+    if isinstance(to, str):
+        return to
+    return f"{to.model}, as a preset" if to.any_of is None else f"any of {', '.join(to.any_of)}"
 
 
 def _print_engines(loaded: Loaded, launcher: Launcher) -> None:

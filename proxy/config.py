@@ -17,11 +17,16 @@ import yaml
 from msgspec import Meta
 
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
-from proxy import media
+from proxy import media, references, rules, tasks
 from proxy.cost import Hosting, Price
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
 from proxy.limits import Limits
+from proxy.mistakes import dotted, located, unknown_key
+from proxy.naming import AUTO, AliasSettings
+from proxy.references import TASK, Names, no_such
+from proxy.rules import RoutingSettings, Rule
+from proxy.traits import Traits
 
 MASK = "***"
 
@@ -49,9 +54,32 @@ class Secret:
         return hash(self._value)
 
 
+class ApiKey(Secret):
+    """A key of clients. models: the names that it may ask for; None for all."""
+
+    __slots__ = ("models",)
+
+    def __init__(self, value: str, models: tuple[str, ...] | None = None) -> None:
+        super().__init__(value)
+        self.models = models
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and getattr(other, "models", None) == self.models
+
+    __hash__ = Secret.__hash__
+
+
+class _LimitedKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a key is written that may not ask for everything."""
+
+    key: Annotated[str, Meta(min_length=1)]
+    models: Annotated[tuple[str, ...], Meta(min_length=1)]
+
+
 class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where and how the proxy listens.
 
+    api_keys: each a string, or {key: ..., models: [...]} for one that may ask for these models and aliases only.
     admin_keys: what lies under /admin/ takes these only. metrics_public: /metrics needs no key. watch: the file is
     followed as it changes; otherwise on SIGHUP and `polyvox reload` only.
     max_body_bytes: larger requests get 413. start_wait: seconds a request waits for an engine that is
@@ -65,7 +93,7 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     workers: Annotated[int, Meta(ge=1, le=256)] = 1
-    api_keys: tuple[Secret, ...] = ()
+    api_keys: tuple[ApiKey, ...] = ()
     admin_keys: tuple[Secret, ...] = ()
     metrics_public: bool = False
     watch: bool = True
@@ -97,10 +125,12 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, or the name of an entry
     point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
-    provider, which says what it takes. stream_usage: false for a server that refuses `stream_options`; what its streams
-    use is then not accounted. max_in_flight: requests that it gets at once; any number if left out. pass_timeout: true
-    for another Polyvox, which is told how long the client still waits (`x-request-timeout`). continues: whether a chat
-    that broke elsewhere can go on there, as with vLLM's `continue_final_message`; where left out, of anthropic's only.
+    provider, which says what it takes. max_in_flight: requests that it gets at once; any number if left out.
+    pass_timeout: true for another Polyvox, which is told how long the client still waits (`x-request-timeout`).
+
+    Where these are left out, they are as `polyvox probe` found them, and else as said here. stream_usage: false for a
+    server that refuses `stream_options`, what its streams use is then not accounted; else true. continues: whether a
+    chat that broke elsewhere can go on there, as with vLLM's `continue_final_message`; else of anthropic's only.
     Completions go on anywhere.
     """
 
@@ -111,7 +141,7 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
     weight: Annotated[float, Meta(ge=0)] = 1.0
     model: str | None = None
-    stream_usage: bool = True
+    stream_usage: bool | None = None
     max_in_flight: Count | None = None
     pass_timeout: bool = False
     continues: bool | None = None
@@ -154,8 +184,8 @@ class RetrySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     per_second: Annotated[float, Meta(ge=0)] = 3.0
 
 
-class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A model: one we run (`engine`) or one that somebody else runs (`endpoints`).
+class ModelSettings(Traits, frozen=True, forbid_unknown_fields=True):
+    """A model: one we run (`engine`) or one that somebody else runs (`endpoints`). See Traits for what it can do.
 
     balance: which endpoint, or replica, gets a request, see proxy/balancer/policies.py. queue: who waits for one.
     allow: fields of requests that are refused otherwise, because they reach past the model: chat_template and the like.
@@ -174,6 +204,10 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     price: Price | None = None
     hosting: Hosting | None = None
 
+    def traits(self) -> Traits:
+        """Return what the model is said to be good for, apart from the rest."""
+        return Traits(**{field: getattr(self, field) for field in Traits.__struct_fields__})
+
     def endpoint_names(self, model: str) -> tuple[str, ...]:
         """Return the names that the endpoints of a model have: in headers, metrics and commands."""
         return tuple(f"{model}/{i}" for i in range(self.engine.replicas if self.engine else len(self.endpoints)))
@@ -190,21 +224,27 @@ class LedgerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     journal_bytes: Annotated[int, Meta(ge=1024 * 1024)] = 1024 * 1024 * 1024
 
 
-TASK = "task:"  # what a key of `fallbacks` begins with that stands for a kind of request, not for a model
-
-
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole configuration.
 
-    fallbacks: for a model, an alias or `task:NAME`, the models that answer when it cannot, in their order.
+    aliases: other names of models, presets and groups. fallbacks: for a model, an alias or `task:NAME`, the models that
+    answer when it cannot, in their order. tasks: regular expressions by which prompts are known, beside those that are
+    shipped, for the shipped tasks or for new ones. rules: what holds for the choice of models at some times and places.
     """
 
     server: Server = Server()
     limits: Limits = Limits()
     models: dict[str, ModelSettings] = {}
-    aliases: dict[str, str] = {}
+    aliases: dict[str, str | AliasSettings] = {}
     fallbacks: dict[str, tuple[str, ...]] = {}
+    tasks: dict[str, tuple[str, ...]] = {}
+    routing: RoutingSettings = RoutingSettings()
+    rules: tuple[Rule, ...] = ()
     ledger: LedgerSettings | bool = LedgerSettings()
+
+    def names(self) -> Names:
+        """Return all that has a name, and what it stands for."""
+        return Names(self.models, self.aliases)
 
     def ledger_settings(self) -> LedgerSettings | None:
         """Return where the ledger is kept, None for `ledger: off`."""
@@ -271,13 +311,13 @@ def parse(text: str, path: Path, environ: Mapping[str, str] = os.environ) -> Loa
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of the configuration file."""
-    generated = msgspec.json.schema(Config, schema_hook=lambda _: {"type": "string"})
+    generated = msgspec.json.schema(Config, schema_hook=_secret_schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Polyvox", **generated}
 
 
 def encode(config: Config) -> bytes:
     """Serialize a configuration, secrets included, for another process of ours."""
-    return msgspec.msgpack.encode(config, enc_hook=lambda secret: secret.reveal())
+    return msgspec.msgpack.encode(config, enc_hook=_write_secret)
 
 
 def decode(data: bytes) -> Config:
@@ -356,11 +396,6 @@ class _Source:
 _SCALARS = yaml.SafeLoader("")
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
-    """('models', 'a', 'endpoints', 0) -> 'models.a.endpoints[0]'."""
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-
-
 # The environment: POLYVOX_SERVER__PORT=9000 is server.port.
 
 
@@ -379,11 +414,13 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
         aliases: dict[str, Any] = {}
         ledger: dict[str, Any] = {}
         fallbacks: dict[str, Any] = {}
+        tasks: dict[str, Any] = {}
+        routing: dict[str, Any] = {}
 
     for name in environ:
         section = name.removeprefix("POLYVOX_").split("__")[0].lower()
         if name.startswith("POLYVOX_") and "__" in name and section not in Overrides.model_fields:
-            raise ConfigError(f"environment variable {name}: {_unknown(section, list(Overrides.model_fields))}")
+            raise ConfigError(f"environment variable {name}: {unknown_key(section, list(Overrides.model_fields))}")
     source = EnvSettingsSource(Overrides)
     source.env_vars = {k.lower(): v for k, v in environ.items()}
     return {name: value for name, value in source().items() if isinstance(value, dict)}
@@ -411,14 +448,11 @@ def _variable_form(key: str) -> str:
 
 # Building: section by section, so that an error can be laid on the right line.
 
-_ERROR_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?$", re.DOTALL)
-_PATH_STEP = re.compile(r"\.(?P<key>[^.\[\]]+)|\[(?P<index>\d+|\.\.\.)\]")
-
 
 def _build(data: dict[str, Any], source: _Source) -> Config:
     for key in data:
         if key not in Config.__struct_fields__:
-            raise source.error((key,), _unknown(key, Config.__struct_fields__))
+            raise source.error((key,), unknown_key(key, Config.__struct_fields__))
     return Config(
         server=_convert(data.get("server") or {}, Server, ("server",), source),
         limits=_convert(data.get("limits") or {}, Limits, ("limits",), source),
@@ -426,14 +460,24 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
             name: _convert(model or {}, ModelSettings, ("models", name), source)
             for name, model in _section(data, "models", source)
         },
-        aliases={
-            name: _convert(target, str, ("aliases", name), source) for name, target in _section(data, "aliases", source)
+        aliases={name: _alias(target, ("aliases", name), source) for name, target in _section(data, "aliases", source)},
+        tasks={
+            name: _convert(patterns, tuple[str, ...], ("tasks", name), source)
+            for name, patterns in _section(data, "tasks", source)
         },
+        routing=_convert(data.get("routing") or {}, RoutingSettings, ("routing",), source),
+        rules=_convert(data.get("rules") or (), tuple[Rule, ...], ("rules",), source),
         ledger=_ledger(data.get("ledger"), source),
         fallbacks={
             name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
             for name, chain in _section(data, "fallbacks", source)
         },
+    )
+
+
+def _alias(value: Any, path: tuple[str | int, ...], source: _Source) -> str | AliasSettings:
+    return (
+        _convert(value, AliasSettings, path, source) if isinstance(value, dict) else _convert(value, str, path, source)
     )
 
 
@@ -458,58 +502,42 @@ def _convert(value: Any, kind: type[T], path: tuple[str | int, ...], source: _So
     try:
         return msgspec.convert(value, kind, strict=False, dec_hook=_make_secret)
     except msgspec.ValidationError as e:
-        raise _located(e, kind, path, source) from None
+        inner, said = located(e, kind)
+        raise source.error((*path, *inner), said) from None
 
 
 def _make_secret(kind: type, value: object) -> Secret:
+    if kind is ApiKey:
+        return _make_key(value)
     if kind is Secret and isinstance(value, str) and value:
         return Secret(value)
     raise ValueError("Expected a non-empty `str`; quote it if it is a number")
 
 
-def _located(error: msgspec.ValidationError, kind: type, path: tuple[str | int, ...], source: _Source) -> ConfigError:
-    match = _ERROR_PATH.match(str(error))
-    assert match
-    steps = _PATH_STEP.finditer(match["path"] or "")
-    inner = tuple(int(s["index"]) if (s["index"] or "").isdigit() else s["key"] for s in steps)
-    inner = tuple(step for step in inner if step is not None)
-    unknown = re.match(r"Object contains unknown field `(.*)`", match["what"])
-    if unknown:
-        return source.error((*path, *inner, unknown[1]), _unknown(unknown[1], _fields_at(kind, inner)))
-    invalid = re.match(r"Invalid enum value (.*)", match["what"])
-    if invalid:
-        return source.error((*path, *inner), f"{invalid[1]} is none of {', '.join(_literals_at(kind, inner))}")
-    return source.error((*path, *inner), match["what"][0].lower() + match["what"][1:])
+def _make_key(value: object) -> ApiKey:
+    if isinstance(value, str) and value:
+        return ApiKey(value)
+    try:
+        limited = msgspec.convert(value, _LimitedKey)
+    except msgspec.ValidationError:
+        raise ValueError("Expected a non-empty `str`, or {key: ..., models: [...]} with both") from None
+    return ApiKey(limited.key, limited.models)
 
 
-def _fields_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
-    """Return the keys that the Struct at these steps below `kind` takes."""
-    info = _info_at(kind, steps)
-    fields = info.fields if isinstance(info, msgspec.inspect.StructType) else ()
-    return tuple(f.encode_name for f in fields)
+def _write_secret(secret: Secret) -> str | _LimitedKey:
+    limited = isinstance(secret, ApiKey) and secret.models is not None
+    return (
+        _LimitedKey(secret.reveal(), secret.models or ()) if isinstance(secret, ApiKey) and limited else secret.reveal()
+    )
 
 
-def _literals_at(kind: Any, steps: tuple[str | int, ...]) -> tuple[str, ...]:
-    """Return the words that may stand at these steps below `kind`."""
-    info = _info_at(kind, steps)
-    return tuple(map(str, info.values)) if isinstance(info, msgspec.inspect.LiteralType) else ()
-
-
-def _info_at(kind: Any, steps: tuple[str | int, ...]) -> msgspec.inspect.Type:
-    info = msgspec.inspect.type_info(kind)
-    for step in (*steps, None):
-        if isinstance(info, msgspec.inspect.UnionType):
-            info = next(t for t in info.types if not isinstance(t, msgspec.inspect.NoneType))
-        if isinstance(step, str) and isinstance(info, msgspec.inspect.StructType):
-            info = next(f.type for f in info.fields if f.name == step)
-        elif isinstance(step, int) and isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
-            info = info.item_type
-    return info
-
-
-def _unknown(key: str, known: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+def _secret_schema(kind: type) -> dict[str, Any]:
+    text = {"type": "string"}
+    if kind is not ApiKey:
+        return text
+    fields = {"key": text, "models": {"type": "array", "items": text, "minItems": 1}}
+    limited = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    return {"anyOf": [text, limited]}
 
 
 # Checks across fields.
@@ -519,13 +547,60 @@ def _check(config: Config, source: _Source) -> None:
     _check_server(config.server, source)
     for name, model in config.models.items():
         _check_model(name, model, source)
-    for alias, target in config.aliases.items():
-        _check_alias(alias, target, config, source)
+    _check_routing(config, source)
     if (ledger := config.ledger_settings()) and ledger.url:
         _check_ledger_url(ledger.url.reveal(), source)
-    for name, chain in config.fallbacks.items():
-        _check_chain(name, chain, config, source)
-    _check_loops(config, source)
+
+
+def _check_routing(config: Config, source: _Source) -> None:
+    """Check what leads from a name to models, and what chooses among them."""
+    names = config.names()
+    references.check_aliases(names, source.error)
+    references.check_chains(config.fallbacks, names, source.error)
+    for i, key in enumerate(config.server.api_keys):
+        for j, name in enumerate(getattr(key, "models", None) or ()):
+            _check_known(name, (*names.all(), *AUTO), ("server", "api_keys", i, "models", j), source)
+    try:
+        tasks.tasks(config.tasks)
+    except tasks.BadPattern as e:
+        raise source.error(e.path, e.reason) from None
+    for name, model in config.models.items():
+        for i, task in enumerate(model.tasks):
+            _check_task(task, config, ("models", name, "tasks", i), source)
+    for name in config.fallbacks:
+        if name.startswith(TASK):
+            _check_task(name.removeprefix(TASK), config, ("fallbacks", name), source)
+    for i, rule in enumerate(config.rules):
+        _check_rule(rule, config, ("rules", i), source)
+
+
+def _check_known(name: str, known: Iterable[str], path: tuple[str | int, ...], source: _Source) -> None:
+    if name not in known:
+        raise source.error(path, no_such("model or alias", name, tuple(known)))
+
+
+def _check_task(task: str, config: Config, path: tuple[str | int, ...], source: _Source) -> None:
+    known = tasks.names(config.tasks)
+    if task not in known:
+        near = difflib.get_close_matches(task, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(known)}"
+        raise source.error(path, f"there is no task {task!r}; {hint} New ones are made by patterns under `tasks`")
+
+
+def _check_rule(rule: Rule, config: Config, path: tuple[str | int, ...], source: _Source) -> None:
+    if rule.prefer is None and rule.only is None and not rule.never:
+        raise source.error(path, "the rule has no effect; give prefer, only or never")
+    for field in ("only", "never"):
+        for i, name in enumerate(getattr(rule, field) or ()):
+            _check_known(name, config.models, (*path, field, i), source)
+    if rule.task is not None:
+        _check_task(rule.task, config, (*path, "task"), source)
+    for field, check in (("hours", rules.minutes), ("zone", rules.zone)):
+        if (value := getattr(rule, field)) is not None:
+            try:
+                check(value)
+            except ValueError as e:
+                raise source.error((*path, field), str(e)) from None
 
 
 def _check_server(server: Server, source: _Source) -> None:
@@ -564,7 +639,7 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
         raise source.error((*path, "hosting"), "give either price or hosting, from which a price is worked out")
     for i, field in enumerate(model.allow):
         if field not in ALLOWABLE:
-            raise source.error((*path, "allow", i), _unknown(field, sorted(ALLOWABLE)))
+            raise source.error((*path, "allow", i), unknown_key(field, sorted(ALLOWABLE)))
     if model.endpoints and not any(e.weight for e in model.endpoints):
         raise source.error((*path, "endpoints"), "all weights are 0, so nothing could be chosen")
 
@@ -624,56 +699,6 @@ def _check_ledger_url(url: str, source: _Source) -> None:
         raise source.error(
             ("ledger", "url"), "expected sqlite:////ABSOLUTE/PATH or postgresql://USER:PASSWORD@HOST[:PORT]/NAME"
         )
-
-
-def _check_alias(alias: str, target: str, config: Config, source: _Source) -> None:
-    path = ("aliases", alias)
-    if alias in config.models:
-        raise source.error(path, "a model has this name already")
-    if target in config.aliases:
-        raise source.error(path, f"{target!r} is itself an alias; name its model, {config.aliases[target]!r}")
-    if target not in config.models:
-        raise source.error(path, _no_such("model", target, config.models))
-
-
-def _no_such(kind: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"models: {', '.join(known) or 'none'}"
-    return f"there is no {kind} {name!r}; {hint}"
-
-
-def _check_chain(name: str, chain: tuple[str, ...], config: Config, source: _Source) -> None:
-    path = ("fallbacks", name)
-    names = (*config.models, *config.aliases)
-    if name == TASK or (not name.startswith(TASK) and name not in names):
-        raise source.error(path, _no_such("model or alias", name, names) + f", or {TASK}NAME for a kind of request")
-    if not chain:
-        raise source.error(path, "the chain is empty; name a model, or take the line out")
-    seen = set[str]()
-    for i, step in enumerate(chain):
-        if step not in names:
-            raise source.error((*path, i), _no_such("model or alias", step, names))
-        model = config.aliases.get(step, step)
-        if model in seen:
-            raise source.error((*path, i), f"the chain loops: {step!r} is in it twice")
-        seen.add(model)
-
-
-def _check_loops(config: Config, source: _Source) -> None:
-    """Refuse models that stand in for each other: when one fails, its load would make the other fail, and so on."""
-    leads = {
-        name: {config.aliases.get(step, step) for step in chain}
-        for name, chain in config.fallbacks.items()
-        if not name.startswith(TASK)
-    }
-    for name in leads:
-        start = config.aliases.get(name, name)
-        reached, new = set[str](), {start}
-        while new:
-            after = {s for key, steps in leads.items() if config.aliases.get(key, key) in new for s in steps}
-            reached, new = reached | after, after - reached
-        if start in reached:
-            raise source.error(("fallbacks", name), f"the chain loops: it leads back to {start!r}")
 
 
 _SHORTEST_SECRET = 6  # characters; shorter variables are ports and the like, which would be found everywhere

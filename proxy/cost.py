@@ -12,6 +12,9 @@ _HOUR = 3600.0
 # The time that a token written takes of an engine, in tokens read that no cache had. What clouds ask for the two
 # differs by 4 to 5, and follows what they cost them.
 _WRITTEN = 4.0
+# The `work` that an engine is taken to do in a second until it has shown what it does: a hundred tokens written, as
+# with one request at a time. With several it does more, so that its price is rather less.
+HOSTED_WORK = 100 * _WRITTEN
 _FADE = 0.999  # of what was seen before, with each request: the last thousand or so count
 
 Usd = Annotated[float, Meta(ge=0)]

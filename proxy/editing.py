@@ -13,8 +13,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from proxy.config import MASK, dotted
+from proxy.config import MASK
 from proxy.errors import ConfigError, FileReadOnly
+from proxy.mistakes import dotted
 
 _WIDTH = 10_000  # characters: lines stay as long as they are
 

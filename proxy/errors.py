@@ -8,6 +8,7 @@ PolyvoxError
 ├── WrongSetting               a provider does not take a setting of its endpoint
 ├── RequestError               what a client is told, in OpenAI's envelope
 │   ├── BadRequest             400
+│   │   └── NothingSuits       no model has what the request needs
 │   ├── WrongKey               401
 │   ├── UnknownModel           404
 │   ├── UnknownPath            404
@@ -112,6 +113,16 @@ class BadRequest(RequestError):
 
     status = 400
     type = "invalid_request_error"
+
+
+class NothingSuits(BadRequest):
+    """No model that may be asked has what the request needs."""
+
+    code = "no_suitable_model"
+
+    def __init__(self, name: str, failures: Sequence[str]) -> None:
+        said = "; ".join(failures) or "there are no models"
+        super().__init__(f"No model can serve this request for {name!r}. {said}.", param="model")
 
 
 class WrongKey(RequestError):

@@ -18,6 +18,7 @@ import msgspec
 from proxy import failures, providers, sse
 from proxy import reply as replies
 from proxy.balancer import Lease, Prompt
+from proxy.breaker import Outcome
 from proxy.continuation import COMPLETIONS, Continuation
 from proxy.deadline import Deadline
 from proxy.endpoints import Standing
@@ -45,7 +46,10 @@ _AT_FIRST = ((b"x-polyvox-fallback-level", b"0"), (b"x-polyvox-attempts", b"1"))
 class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
-    __slots__ = ("_asked", "_at", "_breaks", "_deadline", "_endpoint", "_exchange", "_first", "_of", "_route", "_ways")
+    __slots__ = (
+        "_asked", "_at", "_blamed", "_breaks", "_deadline", "_endpoint", "_exchange", "_first", "_of", "_route",
+        "_ways",
+    )  # fmt: skip
 
     def __init__(
         self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange,
@@ -62,9 +66,10 @@ class Walk:
         self._of = model
         self._endpoint: Endpoint | None = None
         self._at: Standing | None = None
-        # What the client is told, or given, if nothing helps; how often the stream broke.
+        # What the client is told, or given, if nothing helps; how often the stream broke; where the request has failed.
         self._first: Exception | Reply | None = None
         self._breaks = 0
+        self._blamed: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"<Walk {self._exchange.attempts} attempts, {self._route!r}>"
@@ -163,9 +168,18 @@ class Walk:
             self._route.pass_over([self._endpoint], again=said.again)
         if isinstance(error, UpstreamFailed) and error.retry_after:
             self._rest(error.retry_after)
-        await self._exchange.retreat(error, said.outcome)
+        await self._exchange.retreat(error, self._blame(said.outcome))
         if self._first is None:
             self._first = error
+
+    def _blame(self, outcome: Outcome) -> Outcome:
+        """Return what an outcome says of the endpoint: one request, however often it is tried, is one failure."""
+        if outcome is not Outcome.FAILURE or self._endpoint is None:
+            return outcome
+        if self._endpoint.name in self._blamed:
+            return Outcome.NEUTRAL
+        self._blamed |= {self._endpoint.name}
+        return outcome
 
     def _rest(self, seconds: float | None) -> None:
         assert self._at

@@ -12,7 +12,7 @@ from proxy.balancer import Balancer, gauges
 from proxy.balancer.gauges import Gauges
 from proxy.balancer.policies import Chance
 from proxy.errors import UpstreamError
-from proxy.probe import LiveRegistry
+from proxy.live import LiveRegistry
 from proxy.registry import Endpoint
 from proxy.transport import Headers, Timeouts, Transport
 

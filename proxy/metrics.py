@@ -220,6 +220,13 @@ class Metrics:
         """Return what all workers know of an endpoint whose hosting is known: see figures.throughput."""
         return figures.throughput(self._parts, self._layout.rows[model, endpoint])
 
+    def tokens_per_second(self, model: str) -> float | None:
+        """Return how fast the streams of a model came, to all workers since the start; None before the first."""
+        places = [at for (name, _, _), at in self._layout.series.items() if name == model]
+        rows = [_summed(self._parts, at + _TPOT.at, _TPOT.sum_at + 1 - _TPOT.at) for at in places]
+        count, seconds = sum(sum(row[:-1]) for row in rows), sum(row[-1] for row in rows)
+        return count / seconds if seconds > 0 else None
+
     def _observe(self, at: int, histogram: Histogram, value: float) -> None:
         self._own[at + histogram.at + bisect_left(histogram.bounds, value)] += 1
         self._own[at + histogram.sum_at] += value

@@ -39,7 +39,7 @@ class Orders(_Frame, frozen=True):
 
     generation: of the configuration; grows with each. given: see shared.Slots. worker: its number, from 0. metrics_fd:
     the memory that all workers count in. board_fd: that in which they see each other's load. ledger: the folder of the
-    ledger, for a server that keeps one.
+    ledger, for a server that keeps one. capabilities: the folder of findings.
     """
 
     config: bytes
@@ -51,6 +51,7 @@ class Orders(_Frame, frozen=True):
     board_fd: int
     worker: int
     ledger: str
+    capabilities: str
 
 
 class Followed(_Frame, frozen=True):

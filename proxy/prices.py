@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from proxy.accounting import Usage
 from proxy.config import Config
-from proxy.cost import Price, Tariff, cost, hosted
+from proxy.cost import HOSTED_WORK, Price, Tariff, cost, hosted
 
 Throughput = Callable[[str, str], tuple[float, float]]  # model, endpoint -> seconds busy, work done in them
 
@@ -19,6 +19,7 @@ class Prices:
     def __init__(self, config: Config, throughput: Throughput = _nothing) -> None:
         self._throughput = throughput
         self._hosting = {name: m.hosting.usd_per_hour for name, m in config.models.items() if m.hosting}
+        self._endpoints = config.endpoint_names()
         self._engines = [(name, config.models[name].endpoint_names(name)) for name in self._hosting]
         # All mutable state: the tariff of each endpoint that has one.
         self._tariffs = {
@@ -44,6 +45,23 @@ class Prices:
             return None
         price = hosted(self._hosting[model], *self._throughput(model, endpoint))
         return None if price is None else cost(price, usage)
+
+    def dearest(self, model: str, tokens_in: int) -> Price | None:
+        """Return the price of a model for a prompt of some tokens, wherever it is sent; None if any of it is unknown.
+
+        An engine that has not done anything yet has what it would cost if it were slow: see cost.HOSTED_WORK.
+        """
+        prices = [self._price(model, endpoint, tokens_in) for endpoint in self._endpoints.get(model, ())]
+        known = [price for price in prices if price is not None]
+        return max(known, key=lambda p: (p.output, p.input)) if known and len(known) == len(prices) else None
+
+    def _price(self, model: str, endpoint: str, tokens_in: int) -> Price | None:
+        if (tariff := self._tariffs.get(endpoint)) is not None:
+            return tariff.at(tokens_in)
+        if model not in self._hosting:
+            return None
+        usd_per_hour = self._hosting[model]
+        return hosted(usd_per_hour, *self._throughput(model, endpoint)) or hosted(usd_per_hour, 1.0, HOSTED_WORK)
 
     def known(self) -> list[Price]:
         """Return the prices as they are now, those of long prompts aside."""

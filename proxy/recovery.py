@@ -7,7 +7,7 @@ from collections.abc import Callable
 from proxy.breaker import Breaker, State
 from proxy.endpoints import Endpoints
 from proxy.errors import UpstreamError
-from proxy.probe import LiveRegistry
+from proxy.live import LiveRegistry
 from proxy.registry import Endpoint
 from proxy.transport import Timeouts, Transport
 

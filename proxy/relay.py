@@ -28,7 +28,8 @@ class Exchange:
     __slots__ = (
         "_account", "_answer", "_begun", "_breaker", "_broken", "_clock", "_closed", "_error", "_first", "_lease",
         "_mark", "_overhead", "_prices", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_usd", "_whole",
-        "alias", "attempts", "endpoint", "key_id", "level", "model", "operation", "request_id", "resumed", "shows_cost",
+        "alias", "attempts", "endpoint", "key_id", "level", "model", "on_prompt", "operation", "request_id", "resumed",
+        "shows_cost",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +49,8 @@ class Exchange:
         self.key_id = ""
         self.alias = ""
         self.shows_cost = False  # in the usage of its stream
+        # Who is told the model that answered, and the tokens of its prompt:
+        self.on_prompt: Callable[[str, int], None] | None = None
         # Who answers, after how many models of a chain were passed over, at the which attempt:
         self.model = UNKNOWN
         self.endpoint = ""
@@ -183,6 +186,8 @@ class Exchange:
         finished = self._finished()
         well = self._whole and self._status < 400 and self._error is None
         self._settle(_SUCCESS if well else _NEUTRAL, finished.tokens_in)
+        if self.on_prompt and finished.tokens_in and not self._broken:
+            self.on_prompt(self.model, finished.tokens_in)
         try:
             self._sink.finished(finished)
         finally:
@@ -203,28 +208,29 @@ class Exchange:
         usage = tally.usage if tally else None
         tokens_out = usage.tokens_out if usage else 0
         first = self._first if self._streamed else None
+        # By position: that takes a sixth of the time that names do.
         return RequestFinished(
-            model=self.model,
-            endpoint=self.endpoint,
-            operation=self.operation,
-            status=self._status,
-            error=self._failure(),
-            finish_reason=((tally and tally.finish_reason) or "none") if self._whole else "abort",
-            seconds=now - self._begun,
-            to_first_token=None if first is None else first - self._begun,
-            per_token=None if first is None or tokens_out < 2 else (now - first) / (tokens_out - 1),
-            overhead=self._overhead if self._account else None,
-            tokens_in=usage.tokens_in if usage else 0,
-            tokens_out=tokens_out,
-            tokens_cached=usage.cached if usage else 0,
-            under_way=self._under_way,
-            level=self.level,
-            resumed=self.resumed,
-            usd=self._charge(usage) if self._usd is None else self._usd,
-            attempts=self.attempts,
-            alias=self.alias,
-            key_id=self.key_id,
-            request_id=self.request_id,
+            self.model,
+            self.endpoint,
+            self.operation,
+            self._status,
+            self._failure(),
+            ((tally and tally.finish_reason) or "none") if self._whole else "abort",
+            now - self._begun,
+            None if first is None else first - self._begun,
+            None if first is None or tokens_out < 2 else (now - first) / (tokens_out - 1),
+            self._overhead if self._account else None,
+            usage.tokens_in if usage else 0,
+            tokens_out,
+            usage.cached if usage else 0,
+            self._under_way,
+            self.level,
+            self.resumed,
+            self._charge(usage) if self._usd is None else self._usd,
+            self.attempts,
+            self.alias,
+            self.key_id,
+            self.request_id,
         )
 
     def _failure(self) -> str | None:

@@ -185,8 +185,9 @@ async def _document(
     account.feed(document)
     account.end()
     if rename is not None:
-        document = wire.set_model(document, rename)
-        headers = with_length(headers, len(document))
+        renamed = wire.set_model(document, rename)
+        if renamed is not document:
+            document, headers = renamed, with_length(headers, len(renamed))
     return _whole(answer.status, headers, document, exchange, account)
 
 

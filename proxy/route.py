@@ -12,7 +12,7 @@ from proxy.endpoints import Endpoints, Standing
 from proxy.errors import EngineStopped, NotReady, RequestError, Unavailable
 from proxy.length import Length
 from proxy.limits import Limits
-from proxy.probe import LiveRegistry
+from proxy.live import LiveRegistry
 from proxy.registry import Endpoint, Model
 from proxy.retries import ROUNDS, backoff
 from proxy.transport import Transport
@@ -79,7 +79,7 @@ class Route:
         endpoints = self._ways.endpoints
         now = endpoints.clock()
         busy = None
-        for level, model in self._models():
+        for level, model in self._models() if self._chain else self._alone():
             allowed = self._allowed(model, now)
             if not allowed:
                 continue
@@ -147,6 +147,9 @@ class Route:
             # Why it failed is for whoever runs the server (`polyvox engines list`): a log's tail may hold paths.
             return EngineStopped(model.name, model.state)
         return Unavailable(model.name, endpoints.wait([m for _, m in self._models()], endpoints.clock()))
+
+    def _alone(self) -> tuple[tuple[int, Model], ...]:
+        return () if self._context else ((0, self.model),)
 
     def _models(self) -> Iterator[tuple[int, Model]]:
         if not self._context:

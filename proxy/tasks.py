@@ -15,6 +15,10 @@ from proxy.errors import ConfigError
 
 GENERAL = "general"
 MAX_TASKS, MAX_PATTERNS, MAX_LENGTH = 32, 64, 500
+# What is asked for at the paths that are no chat is a task by itself, for models that do nothing else.
+OPERATIONS = ("embeddings", "rerank", "score", "classify", "pooling", "transcription", "tokenize",
+              "detokenize")  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # Only the ends of a long text are read, and of many matches a few.
 _HEAD, _TAIL, _ENOUGH = 1000, 500, 8
 
@@ -86,22 +90,34 @@ class Task(msgspec.Struct, frozen=True):
     weight: int = 1
 
 
+class BadPattern(ConfigError):
+    """What is given under `tasks` is no good. path: of it; reason: the error without it."""
+
+    def __init__(self, path: tuple[str | int, ...], reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        place = ".".join(step for step in path if isinstance(step, str)) + "".join(f"[{i}]" for i in path[2:])
+        super().__init__(f"{place}: {reason}")
+
+
 def tasks(extra: Mapping[str, Sequence[str]] | None = None) -> tuple[Task, ...]:
     """Return the table of tasks: the shipped patterns and, after them, those of `extra` by task.
 
-    New names are new tasks, which come last. Raises ConfigError that names the pattern which is no good.
+    New names are new tasks, which come last. Raises BadPattern.
     """
     extra = extra or {}
     if len(extra) > MAX_TASKS:
-        raise ConfigError(f"tasks: {len(extra)} tasks; at most {MAX_TASKS} may be given")
-    if GENERAL in extra:
-        raise ConfigError(f"tasks.{GENERAL}: has no patterns: it is what matches nothing else")
+        raise BadPattern(("tasks",), f"{len(extra)} tasks; at most {MAX_TASKS} may be given")
+    checked = {name: _checked(name, patterns) for name, patterns in extra.items()}
     return tuple(
-        Task(
-            name, (*map(re.compile, PATTERNS.get(name, ())), *_checked(name, extra.get(name, ()))), WEIGHTS.get(name, 1)
-        )
+        Task(name, (*map(re.compile, PATTERNS.get(name, ())), *checked.get(name, ())), WEIGHTS.get(name, 1))
         for name in {**PATTERNS, **extra}
     )
+
+
+def names(extra: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the names of all tasks: the shipped ones, general, those of `extra`, and the operations beside chat."""
+    return tuple(dict.fromkeys((*PATTERNS, GENERAL, *extra, *OPERATIONS)))
 
 
 def classify(text: str, table: Iterable[Task]) -> str:
@@ -139,23 +155,24 @@ def _matches(text: str, task: Task) -> int:
     return len(found)
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.IGNORECASE)
-
-
 def _checked(name: str, patterns: Sequence[str]) -> tuple[re.Pattern[str], ...]:
+    path = ("tasks", name)
+    if name == GENERAL:
+        raise BadPattern(path, "has no patterns: it is what matches nothing else")
+    if not _NAME.fullmatch(name):
+        raise BadPattern(path, "a task's name has letters, digits, - and _ only")
     if len(patterns) > MAX_PATTERNS:
-        raise ConfigError(f"tasks.{name}: {len(patterns)} patterns; at most {MAX_PATTERNS} may be given")
-    return tuple(_checked_pattern(f"tasks.{name}[{i}]", pattern) for i, pattern in enumerate(patterns))
+        raise BadPattern(path, f"{len(patterns)} patterns; at most {MAX_PATTERNS} may be given")
+    return tuple(_checked_pattern((*path, i), pattern) for i, pattern in enumerate(patterns))
 
 
-def _checked_pattern(where: str, pattern: str) -> re.Pattern[str]:
+def _checked_pattern(path: tuple[str | int, ...], pattern: str) -> re.Pattern[str]:
     if len(pattern) > MAX_LENGTH:
-        raise ConfigError(f"{where}: {len(pattern)} characters; a pattern may have at most {MAX_LENGTH}")
+        raise BadPattern(path, f"{len(pattern)} characters; a pattern may have at most {MAX_LENGTH}")
     try:
-        compiled = _compile(pattern)
+        compiled = re.compile(pattern, re.IGNORECASE)
     except (re.error, OverflowError, RecursionError) as e:
-        raise ConfigError(f"{where}: not a regular expression: {e}") from None
+        raise BadPattern(path, f"not a regular expression: {e}") from None
     if compiled.search(""):
-        raise ConfigError(f"{where}: matches the empty text, so every prompt would be of this task")
+        raise BadPattern(path, "matches the empty text, so every prompt would be of this task")
     return compiled

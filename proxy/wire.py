@@ -6,6 +6,7 @@ where it goes, and never encoded again where a splice will do.
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -30,13 +31,16 @@ _encode = msgspec.json.Encoder().encode
 _MODEL = re.compile(rb'"model"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
 
 
-def read_json(body: bytes) -> Envelope:
-    """Read the envelope of a JSON body. Raises BadRequest naming the field or the byte that is wrong."""
+def read_json(body: bytes, model: str | None = None) -> Envelope:
+    """Read the envelope of a JSON body. Raises BadRequest naming the field or the byte that is wrong.
+
+    model: what it is where the body has none.
+    """
     name = None
     try:
         fields = _decode_object(body)
         name = "model"
-        model = _decode_text(fields.get("model", _NULL))
+        model = _decode_text(fields.get("model", _NULL)) or model
         name = "stream"
         stream = _decode_flag(fields.get("stream", _NULL))
     except msgspec.ValidationError as e:
@@ -74,6 +78,8 @@ def set_model(document: bytes, name: str) -> bytes:
     `model` is the one at the top, or, where the top has none, that of the `response` or `message` it wraps
     (as the events of /v1/responses and /v1/messages do). A document without any is returned as it is.
     """
+    if document.count(b'"model"') == 1 and any(said in document for said in _said(name)):
+        return document
     match = _MODEL.match(document, max(document.find(b'"model"'), 0)) or _MODEL.search(document)
     if match is None:
         return document
@@ -82,6 +88,13 @@ def set_model(document: bytes, name: str) -> bytes:
     if document.count(b"{", 0, match.start()) == 1 and document.find(b'"model"', match.end()) < 0:
         return document[: match.start(1)] + _encode(name)[1:-1] + document[match.end(1) :]
     return _reassemble(document, name, wrapped=True)
+
+
+@lru_cache(maxsize=1024)
+def _said(name: str) -> tuple[bytes, bytes]:
+    """Return how a document says that this is its model, as usual encoders write it."""
+    value = _encode(name)
+    return b'"model":' + value, b'"model": ' + value
 
 
 def _reassemble(document: bytes, name: str, *, wrapped: bool) -> bytes:

@@ -20,7 +20,7 @@ import uvicorn
 import uvloop
 
 from proxy import config, inbound
-from proxy.app import Worker
+from proxy.app import Places, Worker
 from proxy.balancer import Board
 from proxy.metrics import Metrics
 from proxy.orders import Followed, Orders
@@ -53,7 +53,8 @@ def main() -> int:
     slots = slots_of(settings, given.given)
     metrics = Metrics(settings, given.worker, given.metrics_fd, slots=slots)
     board = Board(slots, settings.server.workers, given.worker, given.board_fd)
-    made = Worker(settings, Path(given.control_socket), metrics, board, Path(given.ledger))
+    places = Path(given.control_socket), Path(given.ledger), Path(given.capabilities)
+    made = Worker(settings, Places(*places), metrics, board)
     server = _Server(_uvicorn_config(made, settings.server))
     listening = socket.socket(fileno=given.listen_fd)
     uvloop.run(_serve(server, listening, settings.server, _follow(line, made, server)))

@@ -102,7 +102,7 @@ class Workers:
         self._metrics_fd = shared_memory()
         self._board_fd = shared_memory("board")
         self._control_socket = str(paths.control_socket)
-        self._ledger = str(paths.ledger)
+        self._folders = str(paths.ledger), str(paths.capabilities)
         self._count = settings.server.workers
         self.console = console
         # All mutable state: the processes that run now, and whether they are meant to; what they follow.
@@ -180,7 +180,7 @@ class Workers:
         return self._fd, self._metrics_fd, self._board_fd
 
     def _orders(self, number: int) -> Orders:
-        fixed = self._control_socket, *self._descriptors(), number, self._ledger
+        fixed = self._control_socket, *self._descriptors(), number, *self._folders
         return Orders(self._settings, self._generation, self._slots.given, *fixed)
 
     async def stop(self, grace: float) -> None:

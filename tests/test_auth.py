@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.auth import Keys
-from proxy.config import Secret
+from proxy.config import ApiKey, Secret
 from proxy.errors import WrongKey
 
 KEYS = Keys([Secret("key-one"), Secret("key-two")])
@@ -48,3 +48,9 @@ def test_each_key_has_a_salt_that_does_not_tell_it_and_is_the_same_in_every_work
 
 def test_keys_do_not_show():
     assert "key-one" not in repr(KEYS) + repr(vars(KEYS))
+
+
+def test_a_key_may_be_bound_to_some_models():
+    keys = Keys([ApiKey("free"), ApiKey("bound", ("small",))])
+    assert keys.check([(b"x-api-key", b"free")]).models is None
+    assert keys.check([(b"x-api-key", b"bound")]).models == {"small"}

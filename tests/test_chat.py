@@ -15,8 +15,8 @@ from proxy.deadline import HEADER, Deadline
 from proxy.endpoints import Endpoints
 from proxy.errors import DeadlinePassed
 from proxy.limits import Limits
+from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
-from proxy.probe import LiveRegistry
 from proxy.registry import build
 from proxy.relay import Exchange
 from proxy.route import Ways

@@ -13,6 +13,7 @@ from proxy import config
 from proxy.config import Loaded, Secret
 from proxy.cost import Price
 from proxy.errors import ConfigError
+from proxy.traits import Traits
 
 SHIPPED = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
 
@@ -102,6 +103,32 @@ def test_a_remote_model_gives_no_engine(load):
         ("limits:\n  depth: 9999\n", 2, ["limits.depth", "<= 400"]),
         (LOCAL + "    allow: [chat_tempate]\n", 6, ["models.small.allow[0]", "did you mean 'chat_template'"]),
         (LOCAL + "      args: {allowed-media-domains: [a]}\n", 6, ["allowed-media-domains", "server.media_domains"]),
+        (LOCAL + "    kind: cheap\n", 6, ["models.small.kind", "'cheap' is none of", "fast_cheap", "specialized"]),
+        (LOCAL + "    tasks: [legl]\n", 6, ["models.small.tasks[0]", "no task 'legl'", "did you mean 'legal'"]),
+        (LOCAL + "    languages: [Russian]\n", 6, ["models.small.languages[0]", "^[a-z]{2,3}$"]),
+        (LOCAL + "    context: 0\n", 6, ["models.small.context", ">= 1"]),
+        (LOCAL + "    quality_score: 11\n", 6, ["models.small.quality_score", "<= 10"]),
+        (LOCAL + "    modalities: [text, smell]\n", 6, ["models.small.modalities[1]", "'smell' is none of", "image"]),
+        (LOCAL + "    modalities: []\n", 6, ["models.small.modalities", ">= 1"]),
+        (LOCAL + "tasks:\n  code: ['(']\n", 7, ["tasks.code[0]", "not a regular expression"]),
+        (LOCAL + "tasks:\n  general: [x]\n", 7, ["tasks.general", "has no patterns"]),
+        (LOCAL + "tasks:\n  a b: [x]\n", 7, ["tasks.a b", "letters, digits"]),
+        ("routing:\n  simpel: 0.3\n", 2, ["routing.simpel", "did you mean 'simple'"]),
+        ("routing:\n  weights: {cheap: {cost: 1}}\n", 2, ["routing.weights.cheap", "known: balanced, cost"]),
+        ("routing:\n  weights: {cost: {price: 1}}\n", 2, ["routing.weights.cost.price", "known: kind, task"]),
+        ("rules:\n  - {hours: 9-25, prefer: cost}\n", 2, ["rules[0].hours", "9-18 or 22:30-6"]),
+        ("rules:\n  - {zone: Moscow, prefer: cost}\n", 2, ["rules[0].zone", "no time zone 'Moscow'"]),
+        ("rules:\n  - {weekdays: [monday], prefer: cost}\n", 2, ["rules[0].weekdays[0]", "none of", "mon"]),
+        ("rules:\n  - {hours: 9-18}\n", 2, ["rules[0]", "no effect"]),
+        (LOCAL + "rules:\n  - {only: [smal]}\n", 7, ["rules[0].only[0]", "did you mean 'small'"]),
+        (LOCAL + "rules:\n  - {task: cod, prefer: cost}\n", 7, ["rules[0].task", "did you mean 'code'"]),
+        (LOCAL + "fallbacks:\n  task:cod: [small]\n", 7, ["fallbacks.task:cod", "did you mean 'code'"]),
+        (
+            LOCAL + "server:\n  api_keys:\n    - {key: k, models: [smal]}\n",
+            8,
+            ["server.api_keys[0].models[0]", "did you mean 'small'"],
+        ),
+        ("server:\n  api_keys: [{key: k}]\n", 2, ["server.api_keys[0]", "{key: ..., models: [...]}"]),
         ("models: [a]\n", 1, ["models", "mapping"]),
         ("models: {\n", 2, ["not valid YAML"]),
         ("- a\n", 1, ["mapping"]),
@@ -219,6 +246,82 @@ def test_loopback_is_told_from_what_others_can_reach(host, expected):
     assert config.is_loopback(host) is expected
 
 
+# Presets, groups and keys
+
+NAMES = """
+models:
+  a: {endpoints: [{base_url: http://x/v1}]}
+  b: {endpoints: [{base_url: http://x/v1}]}
+aliases:
+  also-a: a
+  any: {any_of: [a, b]}
+  law: {model: a, system: be exact}
+"""
+
+
+@pytest.mark.parametrize(
+    ("alias", "said"),
+    [
+        ("x: {}", "aliases.x: give either model"),
+        ("x: {model: a, any_of: [b]}", "aliases.x: give either model"),
+        ("x: {any_of: []}", "aliases.x.any_of: the group is empty"),
+        ("x: {any_of: [a, c]}", "aliases.x.any_of[1]: there is no model or alias 'c'"),
+        ("x: {any_of: [a, also-a]}", "aliases.x.any_of[1]: 'also-a' is in the group twice"),
+        ("x: {any_of: [a, x]}", "aliases.x.any_of[1]: the group loops"),
+        ("x: {any_of: [any]}", "aliases.x.any_of[0]: 'any' is a preset or a group itself"),
+        ("x: {any_of: [law]}", "aliases.x.any_of[0]: 'law' is a preset or a group itself"),
+        ("x: {any_of: [auto]}", "aliases.x.any_of[0]: 'auto' stands for all models"),
+        ("x: {any_of: [a], system: s}", "aliases.x: system and defaults are for presets"),
+        ("x: {any_of: [a], prefer: price}", "'price' is none of balanced, cost"),
+        ("x: {any_off: [a]}", "did you mean 'any_of'"),
+        ("x: {model: x}", "aliases.x.model: the preset loops"),
+        ("x: {model: law}", "aliases.x.model: 'law' is itself a preset; name its model, 'a'"),
+        ("x: {model: aa}", "aliases.x.model: there is no model or alias 'aa'"),
+        ("x: {model: a, prefer: cost}", "aliases.x.prefer: this is for groups"),
+        ("x: {model: a, defaults: {messages: []}}", "aliases.x.defaults.messages: this cannot be a default"),
+        ("x: any", "aliases.x: 'any' is itself an alias"),
+        ("auto: a", "aliases.auto: the name is taken"),
+        ("auto:best: a", "aliases.auto:best: the name is taken"),
+    ],
+)
+def test_a_preset_or_group_that_leads_nowhere_is_refused_with_its_line(tmp_path: Path, alias, said):
+    file = tmp_path / "polyvox.yaml"
+    file.write_text(NAMES + f"  {alias}\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(file, {})
+    assert str(caught.value).startswith(f"{file}:9: ")
+    assert said in str(caught.value)
+
+
+def test_an_alias_may_be_a_preset_of_a_group_and_another_name_of_auto(load):
+    loaded = load(NAMES + "  x: {model: any, defaults: {temperature: 0.2}}\n  y: auto\n")
+    assert loaded.config.aliases["y"] == "auto"
+    assert loaded.config.aliases["x"].defaults == {"temperature": 0.2}
+
+
+def test_the_traits_of_a_model_are_read_for_local_and_cloud_models_alike(load):
+    text = LOCAL + "    kind: advanced\n    tasks: [legal]\n    languages: [ru, en]\n    context: 32768\n"
+    text += "    speed_score: 7\n    modalities: [text, image]\n    region: eu\n"
+    text += "  cloud: {kind: fast_cheap, endpoints: [{base_url: http://x/v1}]}\n"
+    models = load(text).config.models
+    assert models["small"].traits() == Traits(
+        kind="advanced", tasks=("legal",), languages=("ru", "en"), context=32768, speed_score=7,
+        modalities=("text", "image"), region="eu",
+    )  # fmt: skip
+    assert models["cloud"].traits() == Traits(kind="fast_cheap")
+
+
+def test_a_key_may_be_for_some_models_only_and_stays_a_secret(load):
+    loaded = load(LOCAL + "server:\n  api_keys: [free, {key: bound-1234, models: [small]}]\n")
+    free, bound = loaded.config.server.api_keys
+    assert (free.models, bound.models) == (None, ("small",))
+    assert bound.reveal() == "bound-1234"
+    assert "bound-1234" not in repr(loaded.config)
+    assert loaded.redact("bound-1234") == config.MASK
+    assert config.decode(config.encode(loaded.config)) == loaded.config
+    assert config.decode(config.encode(loaded.config)).server.api_keys[1].models == ("small",)
+
+
 # Fallbacks
 
 CHAINS = """
@@ -256,6 +359,19 @@ def test_a_chain_that_leads_nowhere_is_refused_with_its_line(tmp_path: Path, cha
         config.load(file, {})
     assert str(caught.value).startswith(f"{file}:{line}: ")
     assert said in str(caught.value)
+
+
+def test_a_step_of_a_chain_may_be_a_group_but_not_a_preset(tmp_path: Path):
+    file = tmp_path / "polyvox.yaml"
+    names = CHAINS.replace("also-b: b", "also-b: b, g: {any_of: [b, c]}, p: {model: a}")
+    file.write_text(names + "  a: [g]")
+    assert config.load(file, {}).config.fallbacks == {"a": ("g",)}
+    file.write_text(names + "  a: [p]")
+    with pytest.raises(ConfigError, match=r"fallbacks.a\[0\]: 'p' is a preset"):
+        config.load(file, {})
+    file.write_text(names + "  c: [g]")
+    with pytest.raises(ConfigError, match="leads back to 'c'"):
+        config.load(file, {})
 
 
 def test_chains_are_for_models_aliases_and_tasks(tmp_path: Path):

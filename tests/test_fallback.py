@@ -452,6 +452,18 @@ def test_an_endpoint_that_fails_is_no_longer_asked_and_again_when_it_is_back():
     run(tell())
 
 
+def test_a_request_that_fails_again_and_again_at_an_endpoint_is_one_failure_to_its_breaker():
+    async def tell() -> None:
+        async with upstream([Step.RESET]) as a:
+            breaker = BreakerSettings(failures=3, recovery=3600)
+            async with proxying(Config(models={"m": model(a.address, breaker=breaker)})) as proxy:
+                told = [await proxy.ask() for _ in range(3)]
+                assert [answer.headers["x-polyvox-attempts"] for answer in told] == ["4", "4", "1"]
+                assert proxy.state("m/0") == "open"
+
+    run(tell())
+
+
 def test_an_endpoint_alone_that_fails_is_said_to_be_unavailable_with_when_to_come_back():
     async def tell() -> None:
         async with AsyncExitStack() as stack:

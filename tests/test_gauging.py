@@ -11,7 +11,7 @@ from proxy.app import make_balancer
 from proxy.balancer import Balancer, Board
 from proxy.config import Config, EndpointSettings, ModelSettings, Secret
 from proxy.errors import ConnectFailed
-from proxy.probe import LiveRegistry
+from proxy.live import LiveRegistry
 from proxy.registry import Endpoint, build
 from proxy.shared import slots_of
 

@@ -1,11 +1,16 @@
 """From a configuration and a fleet to who answers for a name."""
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engines.spec import EngineSettings, EngineStatus, FleetStatus, State
 from proxy import registry
 from proxy.config import Config, EndpointSettings, ModelSettings
 from proxy.errors import UnknownModel
+from proxy.naming import AliasSettings
+from proxy.registry import Group, Preset
 
 CONFIG = Config(
     models={
@@ -37,7 +42,12 @@ def test_an_alias_leads_to_its_model():
 
 
 def test_models_and_aliases_can_be_asked_for():
-    assert build().names() == ["small", "org/cloud", "gpt-3.5-turbo"]
+    assert build().names() == ["small", "org/cloud", "gpt-3.5-turbo", "auto", "auto:cheap", "auto:best", "auto:fast"]
+
+
+def test_where_there_is_one_model_there_is_nothing_to_choose():
+    one = Config(models={"small": CONFIG.models["small"]})
+    assert registry.build(one, FleetStatus(version=0)).names() == ["small"]
 
 
 @pytest.mark.parametrize(
@@ -85,3 +95,80 @@ def test_paths_are_translated_for_endpoints_and_kept_for_engines():
     assert cloud.path("/v1/chat/completions") == "/openai/v1/chat/completions"
     assert cloud.path("/tokenize") == "/openai/tokenize"
     assert local.path("/v1/chat/completions") == "/v1/chat/completions"
+
+
+NAMED = msgspec.structs.replace(
+    CONFIG,
+    aliases={
+        "gpt-3.5-turbo": "small",
+        "any": AliasSettings(any_of=("org/cloud", "gpt-3.5-turbo"), prefer="cost"),
+        "law": AliasSettings(model="gpt-3.5-turbo", system="Be exact.", defaults={"temperature": 0.2}),
+        "best-law": AliasSettings(model="any", system="Be exact."),
+        "gpt-5": "auto",
+    },
+    fallbacks={"law": ("org/cloud",), "small": ("any",)},
+)
+
+
+def named() -> registry.Registry:
+    return registry.build(NAMED, FleetStatus(version=0))
+
+
+def test_a_group_stands_for_its_models():
+    assert named().resolve("any") == Group("any", ("org/cloud", "small"), "cost")
+
+
+def test_auto_stands_for_all_models():
+    assert named().resolve("auto") == Group("auto", ("small", "org/cloud"))
+    assert named().resolve("auto:best").prefer == "quality"
+    assert named().resolve("gpt-5") == named().resolve("auto")
+
+
+def test_a_preset_has_what_it_is_of_and_its_defaults_as_json():
+    preset = named().resolve("law")
+    assert isinstance(preset, Preset)
+    assert preset.of == named().models["small"]
+    assert (preset.system, preset.defaults) == ("Be exact.", {"temperature": msgspec.Raw(b"0.2")})
+    assert named().resolve("best-law").of == named().resolve("any")
+
+
+def test_a_group_in_a_chain_stands_for_its_models():
+    assert named().chains == {
+        "law": ("org/cloud",), "small": ("org/cloud", "small"), "gpt-3.5-turbo": ("org/cloud", "small")
+    }  # fmt: skip
+
+
+ONLY = frozenset(("org/cloud",))
+
+
+def test_who_may_ask_for_some_names_only_finds_no_other():
+    with pytest.raises(UnknownModel) as caught:
+        named().resolve("small", ONLY)
+    assert "'small' does not exist" in str(caught.value)
+    assert named().resolve("org/cloud", ONLY).name == "org/cloud"
+    virtual = ["auto", "auto:cheap", "auto:best", "auto:fast"]
+    assert named().names(ONLY) == ["org/cloud", "any", "best-law", "gpt-5", *virtual]
+
+
+def test_a_close_match_tells_nothing_of_names_that_may_not_be_asked_for():
+    with pytest.raises(UnknownModel) as caught:
+        named().resolve("smal", ONLY)
+    assert "small" not in str(caught.value).replace("'smal'", "")
+
+
+@given(st.frozensets(st.sampled_from(["small", "org/cloud", "any", "law", "auto", "gpt-3.5-turbo"])))
+def test_what_is_listed_is_what_can_be_asked_for(only):
+    found = named()
+    listed = found.names(only)
+    for name in found.names():
+        if name in listed:
+            assert found.resolve(name, only)
+        else:
+            with pytest.raises(UnknownModel):
+                found.resolve(name, only)
+
+
+def test_the_context_that_is_configured_counts_for_more_than_the_engines():
+    model = ModelSettings(engine=EngineSettings(weights="a/b"), context=1024)
+    fleet = FleetStatus(version=1, engines=(engine(0, "ready", "unix:/s", context=2048),))
+    assert registry.build(Config(models={"small": model}), fleet).models["small"].context_length == 1024

@@ -315,7 +315,8 @@ def test_a_stream_that_breaks_ends_in_an_error_and_never_in_done(http: httpx2.Cl
 
 def test_models_and_aliases_are_listed_with_context_length_and_state(sdk: OpenAI):
     listed = {model.id: model.model_dump() for model in sdk.models.list()}
-    assert set(listed) == {"fast", "slow", "twice", "never", "remote", "nowhere", "gpt-4o", "org/name"}
+    ours = {"fast", "slow", "twice", "never", "remote", "nowhere", "gpt-4o", "org/name"}
+    assert set(listed) == ours | {"auto", "auto:cheap", "auto:best", "auto:fast"}
     assert listed["fast"]["state"] == "ready"
     assert listed["fast"]["max_model_len"] == 32768
     assert listed["gpt-4o"]["root"] == "fast"

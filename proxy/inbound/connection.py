@@ -176,9 +176,7 @@ class Connection(asyncio.Protocol):
     def _answer(self, turn: Turn) -> None:
         self._current = turn
         self.shared.total_requests += 1
-        task = turn.task = self.loop.create_task(turn.run(self.application))
-        self.shared.tasks.add(task)
-        task.add_done_callback(self.shared.tasks.discard)
+        turn.task = self.loop.create_task(turn.run(self.application))
 
     def answered(self, turn: Turn) -> None:
         """The answer is complete. Called by the turn, once."""
@@ -193,9 +191,12 @@ class Connection(asyncio.Protocol):
             self.resume_reading()
 
     def shutdown(self) -> None:
-        """Called by uvicorn: finish what is under way, and take no more."""
+        """Called by uvicorn: finish what is under way, which it is told to wait for, and take no more."""
         self._finish()
-        if self._current is None and self.transport is not None:
+        if self._current is not None and (task := self._current.task) is not None:
+            self.shared.tasks.add(task)
+            task.add_done_callback(self.shared.tasks.discard)
+        elif self.transport is not None:
             self.transport.close()
 
     def _finish(self) -> None:

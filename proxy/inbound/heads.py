@@ -15,22 +15,24 @@ from proxy.errors import RequestError
 Headers = list[tuple[bytes, bytes]]
 
 LIMIT = 128 * 1024  # bytes of a request's head
+_ONCE = (b"host", b"transfer-encoding")
 _VERSIONS = frozenset(("1.0", "1.1"))
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 def check(method: bytes, version: str, headers: Headers) -> None:
     """Raise ValueError for the head of a request that has two readings, or is not for us. Names are lower-case."""
-    names = [name for name, _ in headers]
-    hosts, codings = names.count(b"host"), names.count(b"transfer-encoding")
-    if version not in _VERSIONS or method == b"CONNECT" or hosts > 1 or (hosts == 0 and version == "1.1"):
+    given = dict(headers)
+    if version not in _VERSIONS or method == b"CONNECT" or (b"host" not in given and version == "1.1"):
         raise ValueError("not HTTP/1.1")
-    if codings and (codings > 1 or version != "1.1" or not _chunked(headers)):
+    if b"transfer-encoding" in given and (version != "1.1" or not _is_chunked(given[b"transfer-encoding"])):
         raise ValueError("a coding that we do not read")
+    if len(given) < len(headers) and any(sum(name == once for name, _ in headers) > 1 for once in _ONCE):
+        raise ValueError("a header that there can be one of, twice")
 
 
-def _chunked(headers: Headers) -> bool:
-    return dict(headers)[b"transfer-encoding"].strip().lower() == b"chunked"
+def _is_chunked(coding: bytes) -> bool:
+    return coding.strip().lower() == b"chunked"
 
 
 @lru_cache(maxsize=256)
@@ -48,7 +50,7 @@ def split_target(target: bytes) -> tuple[bytes, str, bytes]:
 
 def encode(status: int, headers: Headers) -> bytes:
     """Return the head of an answer. Raise ValueError where a header would be more than one line."""
-    head = b"".join([_status_line(status), *[b"%b: %b\r\n" % header for header in headers], b"\r\n"])
+    head = b"%b\r\n%b\r\n\r\n" % (_status_line(status), b"\r\n".join(map(b": ".join, headers)))
     if not head.count(b"\n") == head.count(b"\r") == len(headers) + 2:
         raise ValueError("a header of an answer has a line break")
     return head
@@ -63,4 +65,4 @@ def refusal(error: RequestError) -> bytes:
 
 @lru_cache(maxsize=64)
 def _status_line(status: int) -> bytes:
-    return b"HTTP/1.1 %d %b\r\n" % (status, _PHRASES.get(status, b""))
+    return b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, b""))

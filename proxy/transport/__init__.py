@@ -3,7 +3,7 @@
 import re
 from collections.abc import AsyncIterator
 from functools import lru_cache
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import msgspec
 
@@ -92,7 +92,7 @@ class Transport(Protocol):
         ...
 
 
-class Head(NamedTuple):
+class Head(msgspec.Struct, frozen=True, gc=False):
     """The checked head of an answer.
 
     headers: lower-case names, no hop-by-hop ones. length, chunked: how the end of the body is known;
@@ -141,14 +141,17 @@ def check_head(status: int, raw: Headers) -> Head:
     """
     if not 200 <= status <= 599:
         raise MalformedAnswer(f"status {status}")
-    headers = [header for header in raw if header[0] not in _HOP_BY_HOP]
+    headers: Headers = []
     framing: Headers = []
     connection: list[bytes] = []
-    for name, value in raw:
-        if name == b"connection":
-            connection.append(value)
-        elif name in _FRAMING:
-            framing.append((name, value))
+    for header in raw:
+        name = header[0]
+        if name in _FRAMING:
+            framing.append(header)
+        elif name == b"connection":
+            connection.append(header[1])
+        if name not in _HOP_BY_HOP:
+            headers.append(header)
     if connection:
         headers = _without(headers, connection)
     return Head(status, headers, *_framing(framing))

@@ -54,7 +54,8 @@ class CloudAnswer:
     ) -> None:
         # Mutable state: the iterator over the body, the clock of its reads, and whether the response was closed.
         raw = [(name.lower(), value) for name, value in response.headers]
-        self.status, self.headers, *_ = check_head(response.status, raw)
+        head = check_head(response.status, raw)
+        self.status, self.headers = head.status, head.headers
         self._transport = transport
         self._response = response
         self._chunks = cast(AsyncIterator[bytes], response.aiter_stream())

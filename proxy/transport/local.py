@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import NamedTuple, Self, cast
+from typing import Self, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -46,7 +46,7 @@ class Limits(msgspec.Struct, frozen=True):
     idle_timeout: float = 4.0
 
 
-class Request(NamedTuple):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """A request ready for the wire. `head` ends with its empty line."""
 
     head: bytes
@@ -477,10 +477,9 @@ class LocalTransport:
         await asyncio.sleep(0)  # the event loop closes the sockets in its next turn
 
     def _request(self, method: bytes, path: bytes, headers: Headers, body: Body) -> Request:
-        start = _start(method, path, self._host)
-        lines = [b"%b: %b\r\n" % header for header in forwardable(headers)]
-        length = b"content-length: %d\r\n\r\n" % len(body) if isinstance(body, bytes) else _CHUNKED
-        return Request(b"".join((start, *lines, length)), body, method == b"HEAD")
+        lines = [_start(method, path, self._host), *map(b": ".join, forwardable(headers))]
+        lines.append(b"content-length: %d\r\n\r\n" % len(body) if isinstance(body, bytes) else _CHUNKED)
+        return Request(b"\r\n".join(lines), body, method == b"HEAD")
 
     def _take_idle(self) -> Connection | None:
         while self._idle:
@@ -584,7 +583,7 @@ class LocalTransport:
 @lru_cache(maxsize=256)
 def _start(method: bytes, path: bytes, host: bytes) -> bytes:
     check_target(method, path)
-    return b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, path, host)
+    return b"%b %b HTTP/1.1\r\nhost: %b" % (method, path, host)
 
 
 def _host(address: str) -> bytes:

@@ -15,9 +15,11 @@ from proxy.app import make_admission, make_balancer
 from proxy.balancer import Board
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
+from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
-from proxy.probe import LiveRegistry
+from proxy.prices import Prices
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
@@ -44,7 +46,9 @@ class Proxy:
         admission = make_admission(config, self.balancer, self.metrics)
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
-        self.app = build_app(Api(Chat(ways), self.live, self.metrics, config.server), [], [])
+        prices = Prices(config, self.metrics.throughput)
+        dispatcher = Dispatcher(self.endpoints, config.limits, prices, self.metrics.tokens_per_second)
+        self.app = build_app(Api(Chat(ways, dispatcher), self.live, self.metrics, config.server, prices), [], [])
         self.client = httpx2.AsyncClient()
         self.port = 0
 

@@ -5,6 +5,7 @@ the stream. A play may also hold functions, which do something to h2's machine f
 """
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -109,7 +110,8 @@ class Conversation:
         self._writer.transport.close()
 
     async def end(self) -> None:
-        self._writer.transport.abort()
+        with contextlib.suppress(AttributeError):  # of TLS that is closed already, in Python 3.11.0 to 3.11.3
+            self._writer.transport.abort()
         for stream in self.streams.values():
             stream.gone.set()
         tasks = [stream.task for stream in self.streams.values() if stream.task]

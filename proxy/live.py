@@ -1,4 +1,4 @@
-"""Keeps the Registry true: hears from the supervisor what its engines are and how they are."""
+"""Keeps the Registry true: hears from the supervisor how its engines are, and what is found out of models."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,9 +6,12 @@ from collections.abc import Callable
 import msgspec
 
 from engines.spec import FleetStatus
+from proxy import registry
+from proxy.capabilities import Findings, Folder
+from proxy.config import Config
 from proxy.errors import UpstreamError
 from proxy.registry import Registry
-from proxy.transport import Timeouts, Transport
+from proxy.transport import Answer, Timeouts, Transport
 
 _RECONNECT_DELAY = 0.1
 _TIMEOUTS = Timeouts(connect=1.0, first_byte=5.0, between_bytes=None)
@@ -52,13 +55,45 @@ class LiveRegistry:
             self._waiting.discard(future)
 
 
-async def watch_fleet(heard: Callable[[FleetStatus], None], supervisor: Transport) -> None:
-    """Tell of each report of the supervisor, for ever. While it does not answer, the last report stands."""
+class Sources:
+    """What the registry is made of. Each part that is new makes a new one."""
+
+    def __init__(self, live: LiveRegistry, config: Config, fleet: FleetStatus, findings: Findings) -> None:
+        # All mutable state: the newest of each part.
+        self._live = live
+        self._config = config
+        self._fleet = fleet
+        self._findings = findings
+
+    def __repr__(self) -> str:
+        return f"<Sources of {self._live!r}: fleet {self._fleet.version}, {len(self._findings)} findings>"
+
+    def follow(self, config: Config) -> None:
+        """There is another configuration."""
+        self._config = config
+        self._build()
+
+    def heard(self, fleet: FleetStatus) -> None:
+        """The supervisor told of its engines."""
+        self._fleet = fleet
+        self._build()
+
+    def found(self, findings: Findings) -> None:
+        """Something was found out of models."""
+        self._findings = findings
+        self._build()
+
+    def _build(self) -> None:
+        self._live.replace(registry.build(self._config, self._fleet, self._findings))
+
+
+async def watch_fleet(sources: Sources, supervisor: Transport) -> None:
+    """Follow the supervisor's reports for ever. While it does not answer, the last report stands."""
     while True:
         try:
             answer = await supervisor.send(b"GET", b"/fleet/watch", [], b"", _TIMEOUTS)
             try:
-                await _follow(answer, heard)
+                await _follow(answer, sources)
             finally:
                 await answer.close()
         except (UpstreamError, msgspec.DecodeError):
@@ -66,9 +101,18 @@ async def watch_fleet(heard: Callable[[FleetStatus], None], supervisor: Transpor
         await asyncio.sleep(_RECONNECT_DELAY)
 
 
-async def _follow(answer: object, heard: Callable[[FleetStatus], None]) -> None:
+async def _follow(answer: Answer, sources: Sources) -> None:
     rest = b""
-    async for data in answer:  # type: ignore[attr-defined]
+    async for data in answer:
         *lines, rest = (rest + data).split(b"\n")
         if lines:  # only the newest matters
-            heard(msgspec.json.decode(lines[-1], type=FleetStatus))
+            sources.heard(msgspec.json.decode(lines[-1], type=FleetStatus))
+
+
+async def watch_findings(sources: Sources, folder: Folder, seen: int, pause: float = 1.0) -> None:
+    """Look for new findings for ever: of this server's workers, and of `polyvox probe`. seen: of those known so far."""
+    while True:
+        await asyncio.sleep(pause)
+        if (now := folder.changed()) != seen:
+            seen = now
+            sources.found(folder.read())

@@ -1,0 +1,62 @@
+"""A plan told: as JSON for people and programs, and as a header of the answer. Pure."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from proxy.features import Features
+from proxy.router import Option, Plan
+
+_LONGEST = 4096  # bytes of a header; many clients take no more than 8 KiB of them all
+
+
+def full(plan: Plan, chain: Sequence[str], asked: str) -> dict[str, Any]:
+    """Return all of a plan. chain: who is asked when the first fails. asked: the name that was."""
+    f = plan.features
+    return {
+        "asked": asked,
+        "model": next(iter(plan.models), None),
+        "reason": plan.reason,
+        "task": f.task,
+        "complexity": None if f.complexity is None else round(f.complexity, 4),
+        "level": f.level,
+        "prefer": plan.prefer,
+        "wanted": plan.wanted,
+        "prompt_tokens": round(f.tokens),
+        "max_tokens": f.max_tokens,
+        "budget_limit": f.budget_limit,
+        "requirements": _requirements(f),
+        "candidates": [msgspec.structs.asdict(option) for option in plan.options],
+        "fallbacks": list(chain),
+    }
+
+
+def header(plan: Plan, chain: Sequence[str]) -> bytes:
+    """Return a plan as the value of a header: compact JSON in ASCII, without the last candidates if it is too long."""
+    f = plan.features
+    candidates = [_short(option) for option in plan.options]
+    told = {
+        "reason": plan.reason,
+        "task": f.task,
+        "level": f.level,
+        "complexity": None if f.complexity is None else round(f.complexity, 4),
+        "fallbacks": list(chain),
+        "candidates": candidates,
+    }
+    while len(value := json.dumps(told, separators=(",", ":")).encode()) > _LONGEST and candidates:
+        candidates.pop()
+    return value
+
+
+def _short(option: Option) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(option).items() if value not in (None, "ready")}
+
+
+def _requirements(f: Features) -> dict[str, Any]:
+    found = {
+        "modalities": sorted(f.modalities - {"text"}), "languages": sorted(f.languages), "needs": list(f.needs),
+        "region": f.region, "context": f.context, "speed": f.speed, "quality": f.quality,
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if value}
