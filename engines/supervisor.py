@@ -110,12 +110,14 @@ class Supervisor:
         others: dict[str, list[Engine]] = {}
         for spec in specs:
             engine = self._engines.get(spec.id)
-            if engine is None or self._is_leaving(spec.id):
-                self._go_on(self._add(spec.id))  # 2
-                continue
-            if not spec.same_process(engine.spec):
-                others.setdefault(spec.model, []).append(engine)
-            engine.spec = spec  # 3, 4
+            if engine is None:  # 2
+                await self._add(spec.id)
+            elif self._is_leaving(spec.id):
+                self._go_on(self._add(spec.id))
+            else:  # 3, 4
+                if not spec.same_process(engine.spec):
+                    others.setdefault(spec.model, []).append(engine)
+                engine.spec = spec
         for changed in others.values():
             self._go_on(self._restart_in_turn(changed))
 

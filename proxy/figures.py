@@ -68,6 +68,11 @@ def begin_work(parts: Sequence["memoryview[float]"], own: "memoryview[float]", g
         own[at + _MARK] = now
 
 
+def mark(own: "memoryview[float]", at: int, now: float) -> None:
+    """Begin to measure the work of an endpoint."""
+    own[at + _MARK] = now
+
+
 def end_work(parts: Sequence["memoryview[float]"], own: "memoryview[float]", at: int, now: float, done: float) -> None:
     """A request is over at an endpoint, which was busy since the last mark of any worker. done: see cost.work."""
     own[at + _BUSY] = cost.faded(own[at + _BUSY], max(now - max(part[at + _MARK] for part in parts), 0.0))

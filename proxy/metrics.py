@@ -146,6 +146,7 @@ class Metrics:
         self._clock = clock
         # All mutable state: where everything is, which models are current and which hosted, and the doubles of all
         # workers, of which this one writes its own only.
+        self._hosted: frozenset[str] = frozenset()
         self.follow(config, slots or slots_of(config))
         # The worker that had this part before may have died in the middle.
         for gauge in (*self._layout.gauges.values(), *self._layout.queues.values()):
@@ -159,10 +160,13 @@ class Metrics:
         """Count for the models of another configuration. What was counted stays, also of models that are gone."""
         self._layout = Layout(slots.given, self._workers)
         self._shown = _keys(slots)
-        self._hosted = frozenset(name for name, model in config.models.items() if model.hosting)
+        before, self._hosted = self._hosted, frozenset(n for n, model in config.models.items() if model.hosting)
         self._all = self._memory.doubles(0, self._layout.size)
         self._parts = _parts(self._all, self._workers)
         self._own = self._parts[self._worker]
+        for key, row in self._layout.rows.items():
+            if key[0] in self._hosted - before:  # what is under way there counts from now on
+                figures.mark(self._own, row, self._clock())
 
     def started(self, event: RequestStarted) -> None:
         key = (event.model, event.endpoint)

@@ -56,14 +56,14 @@ class _Group:
         self.model = model
         self._glance = glance
         self.scale = Scale()
-        # All mutable state: the loads that there ever were, the number of the last lease, leases whose first token will
-        # not be seen by when it is due, what was last seen of each endpoint's cache, and when all was last brought up
-        # to date; where their doubles are. See `follow` for the rest.
+        # All mutable state: the loads that there ever were and where their doubles are, the number of the last lease,
+        # leases whose first token will not be seen by when it is due, what was last seen of each endpoint's cache, and
+        # when all was last brought up to date. See `follow` for the rest.
         self._ever: dict[str, Load] = {}
+        self._homes: dict[str, Block] = {}
         self.number = 0
         self._unseen: list[tuple[float, int, Lease]] = []
         self._seen: dict[str, Seen] = {}
-        self._block = block
         self._glanced = self._looked = float("-inf")
         self.follow(names, policy, block)
 
@@ -76,8 +76,9 @@ class _Group:
             doubles = block.live(i), block.slow(i), block.newest(i)
             if name not in self._ever:
                 self._ever[name] = Load(*doubles, index=i, scale=self.scale)
-            elif block is not self._block:
+            elif block is not self._homes[name]:
                 self._ever[name].move(*doubles, i)
+            self._homes[name] = block
         self.policy, self._block, self.table = policy, block, block.table
         self.loads = {name: self._ever[name] for name in names}
         for load in self.loads.values():
