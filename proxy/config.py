@@ -603,13 +603,18 @@ def _check_rule(rule: Rule, config: Config, path: tuple[str | int, ...], source:
                 raise source.error((*path, field), str(e)) from None
 
 
-def _check_server(server: Server, source: _Source) -> None:
+def check_reach(server: Server, error: Callable[[tuple[str | int, ...], str], ConfigError]) -> None:
+    """Refuse to be open to all: raise what `error` makes where other machines reach a server that wants no keys."""
     if not server.api_keys and not is_loopback(server.host):
-        raise source.error(
+        raise error(
             ("server", "host"),
             f"{server.host} can be reached from other machines, so server.api_keys is needed; "
             "add a key, or listen on 127.0.0.1",
         )
+
+
+def _check_server(server: Server, source: _Source) -> None:
+    check_reach(server, source.error)
     for i, domain in enumerate(server.media_domains):
         if not media.DOMAIN.fullmatch(domain):
             raise source.error(("server", "media_domains", i), "expected a host name in lower case, and nothing else")

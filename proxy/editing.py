@@ -1,5 +1,6 @@
 """Changes a model in the text of a configuration, and leaves all else there as it is: comments, order, `${NAME}`."""
 
+import contextlib
 import os
 import stat
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any, cast
 import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from proxy.config import MASK
@@ -44,20 +46,24 @@ def remove_model(text: str, name: str) -> str:
 def write(path: Path, text: str) -> None:
     """Put a text in the place of a file, whole or not at all; its mode stays. Raises FileReadOnly."""
     path = path.resolve()
+    if path.is_relative_to(Path(__file__).parent):
+        raise FileReadOnly(f"{path}: this is the embedded default; copy it to ./polyvox.yaml, and serve that")
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if not mode & stat.S_IWUSR or not os.access(path, os.W_OK):
+        status = path.stat()
+        if not status.st_mode & stat.S_IWUSR or not os.access(path, os.W_OK):
             raise FileReadOnly(f"{path}: the file is read-only; make it writable, or edit it where it comes from")
-        _replace(path, text, mode)
+        _replace(path, text, status)
     except OSError as e:
         raise FileReadOnly(f"{path}: cannot be written: {e.strerror}") from None
 
 
-def _replace(path: Path, text: str, mode: int) -> None:
+def _replace(path: Path, text: str, like: os.stat_result) -> None:
     descriptor, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-            os.fchmod(descriptor, mode)
+            with contextlib.suppress(PermissionError):  # who is not root makes files of its own only
+                os.fchown(descriptor, like.st_uid, like.st_gid)
+            os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -72,8 +78,11 @@ def _edited(text: str, edit: Callable[[CommentedMap], None], name: str) -> str:
     round_trip = YAML()
     round_trip.preserve_quotes = True
     round_trip.width = _WIDTH
-    round_trip.indent(**_indents(text))
-    document = cast(CommentedMap, round_trip.load(text)) or CommentedMap()
+    try:
+        round_trip.indent(**_indents(text))
+        document = cast(CommentedMap, round_trip.load(text)) or CommentedMap()
+    except (YAMLError, yaml.YAMLError):
+        raise ConfigError("the file is not valid YAML as it is now; `polyvox check` names the line") from None
     if not document.get("models"):
         document["models"] = CommentedMap()
     edit(document["models"])

@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from engines.paths import StatePaths
 from engines.spec import EngineSpec
@@ -18,7 +18,7 @@ from proxy.console import Console
 from proxy.errors import ServeError
 from proxy.ledger.books import Place
 from proxy.ledger.delivery import Delivery
-from proxy.reloading import Reloader
+from proxy.reloading import Reloader, Start
 from proxy.workers import Workers
 
 _WORKER_MARGIN = 3.0  # seconds that a worker gets beyond its own grace before it is killed
@@ -27,7 +27,8 @@ _WORKER_MARGIN = 3.0  # seconds that a worker gets beyond its own grace before i
 def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
     """Serve a configuration. Raises ConfigError or ServeError."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    loaded = config.load(file, environ)
+    text = config.read(file)
+    loaded = config.parse(text, file, environ)
     providers.check(loaded)
     listening = _bind(loaded.config.server)
     try:
@@ -35,21 +36,13 @@ def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
     except OSError as e:
         raise ServeError(f"cannot write state to {e.filename}: {e.strerror}; give another --state-dir") from None
     workers = Workers(loaded.config, listening, paths, Console())
-    asyncio.run(_serve(Settings(file, environ, loaded), paths, workers, listening))
+    asyncio.run(_serve(Start(file, environ, text, loaded), paths, workers, listening))
 
 
-class Settings(NamedTuple):
-    """The configuration as it was at the start, and where it came from."""
-
-    file: Path
-    environ: Mapping[str, str]
-    loaded: Loaded
-
-
-async def _serve(settings: Settings, paths: StatePaths, workers: Workers, listening: socket.socket) -> None:
+async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: socket.socket) -> None:
     """Run workers and engines until SIGTERM or SIGINT; a second one ends everything at once."""
     stop, hurry, reload = _signals()
-    console, loaded = workers.console, settings.loaded
+    console, loaded = workers.console, start.loaded
     async with _background(_deliver(loaded, paths), stop), _background(workers.run(), stop):
         # The workers listen while the parent is still importing what the engines need.
         from engines.control import serve_control
@@ -58,7 +51,7 @@ async def _serve(settings: Settings, paths: StatePaths, workers: Workers, listen
 
         launcher = Launcher(paths, loaded.base)
         supervisor = Supervisor(loaded.config.engines(), paths, launcher.prepare)
-        reloader = Reloader(*settings, Parts(workers, supervisor, launcher), console)
+        reloader = Reloader(start, Parts(workers, supervisor, launcher), console)
         reports = {"endpoints": workers.endpoints}
         async with (
             _engines(supervisor, launcher, loaded),

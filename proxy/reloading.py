@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import msgspec
 
@@ -66,20 +66,27 @@ class _Look(msgspec.Struct, frozen=True):
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+class Start(NamedTuple):
+    """The configuration that a server started with: its file, the text that was there, and what that means."""
+
+    file: Path
+    environ: Mapping[str, str]
+    text: str
+    loaded: Loaded
+
+
 class Reloader:
     """The configuration of a running server, and its file."""
 
-    def __init__(
-        self, file: Path, environ: Mapping[str, str], loaded: Loaded, followers: Followers, console: Console
-    ) -> None:
-        self._file, self._environ = file, environ
+    def __init__(self, start: Start, followers: Followers, console: Console) -> None:
+        self._file, self._environ = start.file, start.environ
         self._followers = followers
         self._console = console
         # All mutable state: what is followed, and its number; one change of it at a time; the text that was last tried.
-        self.loaded = loaded
+        self.loaded = start.loaded
         self._generation = 1
         self._lock = asyncio.Lock()
-        self._tried = ""
+        self._tried = _digest(start.text)
 
     def __repr__(self) -> str:
         return f"<Reloader {self._file} generation {self._generation}>"
@@ -125,6 +132,7 @@ class Reloader:
     async def _checked(self, text: str) -> Loaded:
         """Return what a text says, checked as at a start. Raises ConfigError or ServeError."""
         new = config.parse(text, self._file, self._environ)
+        config.check_reach(changes.pinned(new.config, self.loaded.config).server, new.error)
         await asyncio.to_thread(providers.check, new)
         await self._followers.check(new, self.loaded)
         return new
@@ -143,7 +151,7 @@ class Reloader:
 
     async def watch(self, asked: asyncio.Event) -> None:
         """Reload whenever the event is set and, unless `server.watch` is off, when the file has changed. For ever."""
-        before = applied = _Look.at(self._file)
+        before = looked = None
         while True:
             try:
                 await asyncio.wait_for(asked.wait(), _POLL)
@@ -151,8 +159,8 @@ class Reloader:
                 await self._reload_aloud()
             except TimeoutError:
                 now = _Look.at(self._file)
-                if now == before and now not in (None, applied) and self.loaded.config.server.watch:
-                    applied = now
+                if now == before and now not in (None, looked) and self.loaded.config.server.watch:
+                    looked = now
                     await self._follow_file()
                 before = now
 

@@ -126,3 +126,14 @@ def test_a_read_only_file_is_refused_by_its_name(tmp_path: Path):
     with pytest.raises(FileReadOnly, match=r"polyvox.yaml: the file is read-only"):
         editing.write(path, "new")
     assert path.read_text() == "old"
+
+
+def test_the_embedded_default_is_never_written():
+    with pytest.raises(FileReadOnly, match="copy it to"):
+        editing.write(Path(editing.__file__).parent / "shipped" / "polyvox.yaml", "new")
+
+
+@pytest.mark.parametrize("text", ["models: [", "a: 1\na: 2\n", "\t- x"])
+def test_a_file_that_is_no_yaml_any_more_is_left_alone(text: str):
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        editing.put_model(text, "m", HTTP)

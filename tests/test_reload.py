@@ -280,6 +280,28 @@ def test_what_cannot_change_in_a_running_server_is_named(server: Server, remotes
     assert len([p for p in server.process.children() if "proxy.worker" in command(p)]) == 2
 
 
+def test_requests_that_wait_for_a_model_are_answered_though_it_is_removed(server: Server, remotes: tuple[str, str]):
+    wanted = configuration(remotes)
+    again = {"base_url": f"{server.base_url}/v1", "model": "slow", "api_key": KEY, "max_in_flight": 1}
+    wanted["models"]["narrow"] = {"endpoints": [again]}
+    configure(server, wanted)
+    statuses: list[int] = []
+
+    def ask() -> None:
+        with httpx2.Client(base_url=server.base_url, headers={"authorization": f"Bearer {KEY}"}, timeout=30) as client:
+            statuses.append(chat("narrow")(client))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: scrape(server).value("polyvox_num_requests_waiting", model_name="narrow") >= 2, 20)
+    del wanted["models"]["narrow"]
+    configure(server, wanted)
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 6
+
+
 # How a reload is asked for
 
 
