@@ -1,6 +1,6 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,13 +90,13 @@ class Chat:
             reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.chain)),)
         return reply
 
-    async def _walk(
+    def _walk(
         self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange
-    ) -> Reply:
+    ) -> Awaitable[Reply]:
         exchange.model = model.name
         if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
-        return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        return Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
