@@ -55,7 +55,7 @@ class Orders(_Frame, frozen=True):
 
 
 class Followed(_Frame, frozen=True):
-    """A worker has done as ordered; failed: it could not, and is as it was before."""
+    """A worker has done as ordered; failed: it could not, and is to be replaced."""
 
     generation: int
     failed: bool = False
