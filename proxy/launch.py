@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -144,15 +145,26 @@ async def _drain(listening: socket.socket, workers: Workers, settings: Config) -
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event, asyncio.Event]:
-    """Return three events: set by the first SIGTERM or SIGINT, by the second, and by SIGHUP."""
+    """Return three events: set by the first SIGTERM or SIGINT, by the second, and by SIGHUP.
+
+    That is also what comes when a terminal is closed, which ends a server that was started there.
+    """
     stop, hurry, reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    had_terminal = sys.stdin.isatty()
 
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
+
+    def on_hangup() -> None:
+        if had_terminal and not sys.stdin.isatty():
+            on_signal()
+        else:
+            reload.set()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
     return stop, hurry, reload
 
 

@@ -1,6 +1,7 @@
 """Another configuration for a server that is asked all the while: two workers, real processes and sockets."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -330,6 +331,31 @@ def test_a_hangup_reloads(server: Server, remotes: tuple[str, str]):
     server.process.send_signal(signal.SIGHUP)
     eventually(lambda: everywhere(server, chat("hung-up")) == {200}, 20)
     assert "added alias hung-up" in server.log()
+
+
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_a_terminal_that_is_closed_ends_the_server_that_was_started_there(tmp_path: Path):
+    config, log = tmp_path / "polyvox.yaml", tmp_path / "output"
+    config.write_text('{"models": {}, "server": {"port": 0}, "ledger": "off"}')
+    ours, theirs = os.openpty()
+    words = ["-m", "proxy", "serve", "--config", str(config), "--state-dir", str(tmp_path / "state")]
+    with log.open("wb") as output:
+        server = psutil.Popen(
+            [sys.executable, "-c", IN_TERMINAL, *words],
+            stdin=theirs, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    os.close(theirs)
+    eventually(lambda: "Polyvox listens on" in log.read_text() or server.poll() is not None, 30)
+    below = server.children(recursive=True)
+    os.close(ours)
+    assert server.wait(30) == 0, log.read_text()
+    assert [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_a_file_that_changes_is_followed_also_when_another_takes_its_name(server: Server, remotes: tuple[str, str]):
