@@ -158,7 +158,7 @@ class Metrics:
         self._layout = Layout(slots.given, self._workers)
         self._shown = _keys(slots)
         before, self._hosted = self._hosted, frozenset(n for n, model in config.models.items() if model.hosting)
-        self._all = self._memory.doubles(0, self._layout.size)
+        self._all = self._memory.doubles(self._layout.size)
         self._parts = _parts(self._all, self._workers)
         self._own = self._parts[self._worker]
         for key, row in self._layout.rows.items():
@@ -255,7 +255,7 @@ class Metrics:
 def conditions(slots: Slots, workers: int, memory: int) -> list[figures.Condition]:
     """Return how each endpoint is, from the memory of a running server's workers, of which nothing is changed."""
     layout, shown = Layout(slots.given, workers), _keys(slots)
-    parts = _parts(Shared(memory).doubles(0, layout.size), workers)
+    parts = _parts(Shared(memory).doubles(layout.size), workers)
     return figures.conditions(parts, {key: at for key, at in layout.rows.items() if key in shown})
 
 
@@ -271,7 +271,7 @@ def _parts(every: "memoryview[float]", workers: int) -> list["memoryview[float]"
 
 def note_reload(memory: int, generation: int, when: float | None) -> None:
     """Show which configuration the workers follow. when: it came, by UNIX time; None: another came, and was refused."""
-    common = Shared(memory).doubles(0, _COMMON)
+    common = Shared(memory).doubles(_COMMON)
     common[_GENERATION], common[_REFUSED] = generation, when is None
     if when is not None:
         common[_RELOADED] = when

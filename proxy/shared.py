@@ -11,7 +11,6 @@ import msgspec
 from proxy.config import Config
 
 _DOUBLE = 8  # bytes
-PAGE = mmap.ALLOCATIONGRANULARITY // _DOUBLE  # doubles; a part that is mapped for itself starts at a multiple of it
 
 
 def shared_memory(name: str = "metrics") -> int:
@@ -30,14 +29,13 @@ class Shared:
     def __repr__(self) -> str:
         return f"<Shared {os.fstat(self._descriptor).st_size} bytes>"
 
-    def doubles(self, start: int, count: int) -> "memoryview[float]":
-        """Map `count` doubles from number `start` on, a multiple of PAGE; there are as many from then on, 0.0 at first.
+    def doubles(self, count: int) -> "memoryview[float]":
+        """Map the first `count` doubles, one or more; there are as many from then on, new ones are 0.0.
 
         Memory only grows: several processes may ask at once, and what they mapped before stays as it is.
         """
-        end = (start + count) * _DOUBLE
-        os.posix_fallocate(self._descriptor, end - 1, 1)
-        return memoryview(mmap.mmap(self._descriptor, count * _DOUBLE, offset=start * _DOUBLE)).cast("d")
+        os.posix_fallocate(self._descriptor, count * _DOUBLE - 1, 1)
+        return memoryview(mmap.mmap(self._descriptor, count * _DOUBLE)).cast("d")
 
 
 class Slot(msgspec.Struct, frozen=True):

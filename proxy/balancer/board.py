@@ -6,7 +6,7 @@ from operator import add
 
 from proxy.balancer.load import LIVE, SLOW
 from proxy.balancer.prefixes import PrefixTable
-from proxy.shared import PAGE, Shared, Slot, Slots
+from proxy.shared import Shared, Slot, Slots
 
 
 class Block:
@@ -82,12 +82,13 @@ class Board:
 
     def follow(self, slots: Slots) -> None:
         """Have a block for each model that there is now. One that was there before stays as it is."""
-        sizes = [-(-max(Block.size(slot, self._workers), 1) // PAGE) * PAGE for slot in slots.given]
-        starts = dict(zip(slots.given, accumulate(sizes, initial=0), strict=False))
-        for slot in slots.current:
-            if slot not in self._blocks:
-                memory = self._memory.doubles(starts[slot], max(Block.size(slot, self._workers), 1))
-                self._blocks[slot] = Block(memory, slot, self._workers, self._worker)
+        ends = list(accumulate(Block.size(slot, self._workers) for slot in slots.given))
+        if new := set(slots.current) - self._blocks.keys():
+            memory = self._memory.doubles(ends[-1] + 1)
+            for slot, end in zip(slots.given, ends, strict=True):
+                if slot in new:
+                    part = memory[end - Block.size(slot, self._workers) : end]
+                    self._blocks[slot] = Block(part, slot, self._workers, self._worker)
         self._current = {slot.model: slot for slot in slots.current}
 
     def block(self, model: str) -> Block:
