@@ -1,18 +1,19 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
-from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from proxy import accounting, explanation, forbidden, limits, presets, wire, wishes
+from proxy.asking import Placed
 from proxy.deadline import Deadline
 from proxy.dispatch import Dispatcher, Inquiry
+from proxy.ensemble import FanOut
 from proxy.errors import BadRequest
 from proxy.fallback import Walk
 from proxy.providers import Asked
-from proxy.registry import Group, Model, Preset, Registry
+from proxy.registry import Ensemble, Model, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -59,6 +60,8 @@ class Chat:
         2. Find what stands behind the name; put a preset in.
         3. Find the model, which the router does where there are several; refuse what it may not be asked.
         4. Walk from endpoint to endpoint until one answers, under the name that was asked for.
+
+        An ensemble does 2 to 4 for each of its members.
         """
         kind = content_type(request.headers) if request.path in _FORMS else b""
         form = kind.lower().startswith(b"multipart/form-data")
@@ -68,35 +71,53 @@ class Chat:
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
         exchange.alias = envelope.model
         asked = _asked(request, envelope, form=form)
+        if isinstance(target, Ensemble):
+            return await self._together(target, asked, request, exchange)
         if isinstance(target, Preset):
             asked, target = _with_preset(asked, target), target.of
-        if not isinstance(target, Model) or wishes.FIELD in envelope.fields:
-            return await self._routed(registry, target, asked, request, exchange)
-        forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
-        chain = registry.chains.get(envelope.model, ())
-        if request.models is not None:
-            chain = tuple(name for name in chain if name in request.models)
-        return await self._walk(asked, target, chain, request, exchange)
-
-    async def _routed(
-        self, registry: Registry, target: Model | Group, asked: Asked, request: Incoming, exchange: Exchange
-    ) -> Reply:
-        """Answer a request for which the router chooses."""
-        routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
-        exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
-        model = registry.models[routed.plan.models[0]]
-        reply = await self._walk(_without_wishes(asked), model, routed.chain, request, exchange)
-        if routed.explains:
-            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.chain)),)
+        routed = None
+        if isinstance(target, Model) and wishes.FIELD not in envelope.fields:
+            forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
+            model, chain = target, registry.chains.get(envelope.model, ())
+            if request.models is not None:
+                chain = tuple(name for name in chain if name in request.models)
+        else:
+            routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
+            asked, model, chain = _without_wishes(asked), registry.models[routed.models[0]], routed.models[1:]
+            exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
+        exchange.model = model.name
+        if envelope.stream and (options := asked.envelope.fields.get("stream_options")):
+            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
+        chosen = not isinstance(target, Model)
+        reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
+        if routed is not None and routed.explains:
+            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.models)),)
         return reply
 
-    def _walk(
-        self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange
-    ) -> Awaitable[Reply]:
-        exchange.model = model.name
+    async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
+        """Answer a request with several models."""
+        exchange.model = target.name
         if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
-        return Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
+        return await FanOut(self._ways, target.settings, asked, exchange, self._place, request.deadline).answer()
+
+    def _place(self, name: str, asked: Asked) -> Placed:
+        """Return where a request goes that an ensemble makes, and what it then is. Raises RequestError."""
+        registry = self._ways.live.current
+        target = registry.resolve(name)
+        if isinstance(target, Preset):
+            asked, target = _with_preset(asked, target), target.of
+        assert not isinstance(target, Ensemble), "the configuration has no ensemble in another"
+        if isinstance(target, Model):
+            forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
+            return Placed(_without_wishes(asked), target, registry.chains.get(name, ()))
+        routed = self._dispatcher.route(
+            registry, target, Inquiry(asked.path, asked.envelope.fields, asked.headers, name)
+        )
+        first, *others = routed.models
+        alternatives = tuple(name for name in others if name in target.members)
+        learn = partial(self._dispatcher.learn, routed.plan.features.tokens)
+        return Placed(_without_wishes(asked), registry.models[first], others, alternatives, learn)
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
@@ -110,8 +131,14 @@ class Chat:
         if isinstance(target, Preset):
             fields = presets.applied(target, path, dict(envelope.fields))
             envelope, target = msgspec.structs.replace(envelope, fields=fields), target.of
+        if isinstance(target, Ensemble):
+            raise BadRequest(
+                f"model: {target.name!r} is an ensemble, which asks all its members: "
+                f"{', '.join(target.settings.members)}.",
+                param="model",
+            )
         routed = self._dispatcher.consider(registry, target, _inquiry(path, envelope, request))
-        return explanation.full(routed.plan, routed.chain, envelope.model)
+        return explanation.full(routed.plan, routed.models, envelope.model)
 
 
 def _inquiry(path: str, envelope: wire.Envelope, request: Incoming) -> Inquiry:

@@ -17,8 +17,10 @@ import yaml
 from msgspec import Meta
 
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
-from proxy import media, references, rules, tasks
+from proxy import complexity, media, references, rules, tasks
 from proxy.cost import Hosting, Price
+from proxy.ensembles.settings import EnsembleSettings
+from proxy.ensembles.settings import faults as ensemble_faults
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
 from proxy.limits import Limits
@@ -230,6 +232,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aliases: other names of models, presets and groups. fallbacks: for a model, an alias or `task:NAME`, the models that
     answer when it cannot, in their order. tasks: regular expressions by which prompts are known, beside those that are
     shipped, for the shipped tasks or for new ones. rules: what holds for the choice of models at some times and places.
+    ensembles: names of models that answer together.
     """
 
     server: Server = Server()
@@ -241,6 +244,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     routing: RoutingSettings = RoutingSettings()
     rules: tuple[Rule, ...] = ()
     ledger: LedgerSettings | bool = LedgerSettings()
+    ensembles: dict[str, EnsembleSettings] = {}
 
     def names(self) -> Names:
         """Return all that has a name, and what it stands for."""
@@ -303,7 +307,7 @@ def parse(text: str, path: Path, environ: Mapping[str, str] = os.environ) -> Loa
     data = source.parse(text)
     if any(name.startswith("POLYVOX_") and "__" in name for name in environ):
         _override(data, _environment_overrides(environ), source)
-    config = _build(data, source)
+    config = _with_model_of_complexity(_build(data, source), path.absolute().parent, source)
     _check(config, source)
     secrets = _secrets(config, source)
     return Loaded(config=config, base=path.absolute().parent, error=source.error, secrets=secrets)
@@ -414,6 +418,7 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
         aliases: dict[str, Any] = {}
         ledger: dict[str, Any] = {}
         fallbacks: dict[str, Any] = {}
+        ensembles: dict[str, Any] = {}
         tasks: dict[str, Any] = {}
         routing: dict[str, Any] = {}
 
@@ -471,6 +476,10 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
         fallbacks={
             name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
             for name, chain in _section(data, "fallbacks", source)
+        },
+        ensembles={
+            name: _convert(ensemble or {}, EnsembleSettings, ("ensembles", name), source)
+            for name, ensemble in _section(data, "ensembles", source)
         },
     )
 
@@ -540,6 +549,19 @@ def _secret_schema(kind: type) -> dict[str, Any]:
     return {"anyOf": [text, limited]}
 
 
+def _with_model_of_complexity(config: Config, base: Path, source: _Source) -> Config:
+    """Make the path of the model of complexity one that workers find, and see that there is one."""
+    file = config.routing.complexity_model
+    if file is None:
+        return config
+    found = base / file
+    try:
+        complexity.load(found)
+    except ConfigError as e:
+        raise source.error(("routing", "complexity_model"), str(e)) from None
+    return msgspec.structs.replace(config, routing=msgspec.structs.replace(config.routing, complexity_model=str(found)))
+
+
 # Checks across fields.
 
 
@@ -548,8 +570,16 @@ def _check(config: Config, source: _Source) -> None:
     for name, model in config.models.items():
         _check_model(name, model, source)
     _check_routing(config, source)
+    _check_ensembles(config, source)
     if (ledger := config.ledger_settings()) and ledger.url:
         _check_ledger_url(ledger.url.reveal(), source)
+
+
+def _check_ensembles(config: Config, source: _Source) -> None:
+    askable = (*config.names().all(), *AUTO)
+    for name in config.ensembles:
+        for path, message in ensemble_faults(name, config.ensembles, askable):
+            raise source.error(("ensembles", *path), message)
 
 
 def _check_routing(config: Config, source: _Source) -> None:
@@ -559,7 +589,7 @@ def _check_routing(config: Config, source: _Source) -> None:
     references.check_chains(config.fallbacks, names, source.error)
     for i, key in enumerate(config.server.api_keys):
         for j, name in enumerate(getattr(key, "models", None) or ()):
-            _check_known(name, (*names.all(), *AUTO), ("server", "api_keys", i, "models", j), source)
+            _check_known(name, (*names.all(), *AUTO, *config.ensembles), ("server", "api_keys", i, "models", j), source)
     try:
         tasks.tasks(config.tasks)
     except tasks.BadPattern as e:

@@ -47,17 +47,21 @@ class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
     __slots__ = (
-        "_asked", "_at", "_blamed", "_breaks", "_deadline", "_endpoint", "_exchange", "_first", "_of", "_route",
-        "_ways",
+        "_asked", "_at", "_blamed", "_breaks", "_chosen", "_deadline", "_endpoint", "_exchange", "_first", "_of",
+        "_route", "_ways",
     )  # fmt: skip
 
     def __init__(
         self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange,
-        deadline: Deadline | None = None,
+        deadline: Deadline | None = None, *, chosen: bool = False,
     ) -> None:  # fmt: skip
-        """chain: names of models. deadline: of which an endpoint is told, if it wants to be."""
+        """chain: names of models. deadline: of which an endpoint is told, if it wants to be.
+
+        chosen: the model is none that the client asked for, so that what it cannot be asked another may.
+        """
         self._ways = ways
         self._deadline = deadline
+        self._chosen = chosen
         self._asked = asked
         self._exchange = exchange
         # All mutable state: where it has been; of the last attempt, the model that it was for, the endpoint as it was
@@ -81,7 +85,7 @@ class Walk:
             try:
                 reply = await self._attempt(place)
             except (UpstreamError, RequestError) as error:
-                await self._leave(error, said := failures.verdict(error, of_chain=place.level > 0))
+                await self._leave(error, said := failures.verdict(error, of_chain=self._chosen or place.level > 0))
                 if not self._may_go_on(said):
                     break
             else:
@@ -265,7 +269,7 @@ class Walk:
             try:
                 await self._go_on(reply, continuation, resumed, place)
             except (UpstreamError, RequestError) as error:
-                await self._leave(error, said := failures.verdict(error, of_chain=place.level > 0))
+                await self._leave(error, said := failures.verdict(error, of_chain=self._chosen or place.level > 0))
                 if not self._may_go_on(said):
                     return False
             else:

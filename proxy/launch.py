@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engines.paths import StatePaths
 from engines.spec import EngineSpec
 from proxy import config, providers
@@ -53,12 +55,13 @@ async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: s
         launcher = Launcher(paths, loaded.base)
         supervisor = Supervisor(loaded.config.engines(), paths, launcher.prepare)
         reloader = Reloader(start, Parts(workers, supervisor, launcher), console)
-        reports = {"endpoints": workers.endpoints}
+        address = address_of(listening)
+        reports = {"endpoints": workers.endpoints, "address": lambda: msgspec.json.encode(address)}
         async with (
             _engines(supervisor, launcher, loaded),
             _background(serve_control(supervisor, paths.control_socket, reports, services(reloader)), stop),
         ):
-            following = console.follow(supervisor.watch(), address_of(listening), loaded.config)
+            following = console.follow(supervisor.watch(), address, loaded.config)
             async with _background(following, stop), _background(reloader.watch(reload), stop):
                 await stop.wait()
                 console.say("stopping; requests in flight may finish, press Ctrl-C again to end at once")

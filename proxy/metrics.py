@@ -261,7 +261,8 @@ def conditions(slots: Slots, workers: int, memory: int) -> list[figures.Conditio
 
 def _keys(slots: Slots) -> frozenset[figures.Key]:
     """Return models (with an endpoint of "") and endpoints that there are now."""
-    return frozenset((slot.model, endpoint) for slot in slots.current for endpoint in ("", *slot.endpoints))
+    models = (slot for slot in slots.current if slot.endpoints)
+    return frozenset((slot.model, endpoint) for slot in models for endpoint in ("", *slot.endpoints))
 
 
 def _parts(every: "memoryview[float]", workers: int) -> list["memoryview[float]"]:

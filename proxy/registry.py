@@ -23,6 +23,7 @@ from proxy.config import (
     Server,
     Timeouts,
 )
+from proxy.ensembles.settings import EnsembleSettings
 from proxy.errors import UnknownModel
 from proxy.forbidden import Policy
 from proxy.naming import AUTO, AliasSettings, Prefer
@@ -110,7 +111,14 @@ class Preset(msgspec.Struct, frozen=True):
     defaults: Mapping[str, msgspec.Raw] = {}
 
 
-Target = Model | Preset | Group
+class Ensemble(msgspec.Struct, frozen=True):
+    """Models that answer together."""
+
+    name: str
+    settings: EnsembleSettings
+
+
+Target = Model | Preset | Group | Ensemble
 
 
 class Registry(msgspec.Struct, frozen=True):
@@ -158,9 +166,11 @@ class Registry(msgspec.Struct, frozen=True):
 
 
 def permits(only: frozenset[str], name: str, target: Target) -> bool:
-    """Say whether a name is allowed: it is itself, what it stands for is, or one of a group's models is."""
+    """Say whether a name is allowed: it is itself, what it stands for is, one of a group is, or all of an ensemble."""
     if name in only:
         return True
+    if isinstance(target, Ensemble):
+        return only.issuperset(target.settings.names())
     if isinstance(target, Preset):
         return permits(only, target.of.name, target.of)
     return not only.isdisjoint(target.members) if isinstance(target, Group) else target.name in only
@@ -205,7 +215,8 @@ def _targets(config: Config, models: dict[str, Model]) -> dict[str, Target]:
     known = {**models, **plain, **groups, **auto}
     presets = {name: _preset(name, preset, known[preset.model]) for name, preset in settings.items() if preset.model}
     found: dict[str, Target] = {**plain, **groups, **presets}
-    return {name: found[name] for name in config.aliases} | auto
+    ensembles: dict[str, Target] = {name: Ensemble(name, settings) for name, settings in config.ensembles.items()}
+    return {name: found[name] for name in config.aliases} | auto | ensembles
 
 
 def _preset(name: str, settings: AliasSettings, of: Model | Group) -> Preset:

@@ -64,7 +64,10 @@ class Slots(msgspec.Struct, frozen=True):
 
 
 def slots_of(config: Config, given: Sequence[Slot] = ()) -> Slots:
-    """Return the slots of a configuration's models. given: those that had room before."""
+    """Return the slots of a configuration's models, and of its ensembles, which have no endpoints.
+
+    given: those that had room before.
+    """
     names = config.endpoint_names()
     learning = [name for name in names if len(names[name]) > 1 and config.models[name].balance == "predicted_ttft"]
-    return Slots.of(names, learning, given)
+    return Slots.of(names | dict.fromkeys(config.ensembles, ()), learning, given)

@@ -39,6 +39,11 @@ def server(checkpoints: Checkpoints) -> Iterator[Server]:
         "server": {"start_wait": 1},
         "models": {name: {"engine": settings} for name, settings in models.items()},
         "aliases": {"gpt-3.5-turbo": "smollm2"},
+        "ensembles": {
+            "twins": {"members": {"smollm2": 1, "gpt-3.5-turbo": 1}, "quorum": 2},
+            "surest": {"members": {"smollm2": 1, "tiny-qwen": 1}, "strategy": "confidence", "quorum": 2},
+            "written": {"members": {"smollm2": 1, "tiny-qwen": 1}, "strategy": "fuse", "writer": "smollm2"},
+        },
     }
     with tempfile.TemporaryDirectory(prefix="polyvox-") as folder, serve(configuration, Path(folder)) as running:
         yield running
