@@ -18,6 +18,7 @@ from proxy.capabilities import Folder
 from proxy.chat import Chat
 from proxy.config import Balance, Config, Queue
 from proxy.cost import Price, Tariff
+from proxy.discovery import Discovery
 from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
@@ -114,6 +115,9 @@ class Worker:
         """Follow the engines, the gauges and the prices of what the configuration names."""
         if self._config.engines() and "watching" not in self._beside:
             self._go_on("watching", watch_fleet(self._sources, self._supervisor))
+        asks = self._board.is_first and any(m.probe and m.engine for m in self._config.models.values())
+        if asks and "discovering" not in self._beside:
+            self._go_on("discovering", Discovery(self._live, self._transport_to, self._found).run())
         self._go_on("gauging", gauging.follow(self._board.mine(), self._live, self._transport_to, self._balancer))
         self._go_on("pricing", self._learn_prices(self._prices, market.offers(self._config)))
         self._go_on("closing", self._close_unused())
@@ -153,7 +157,7 @@ class Worker:
     def _transport_to(self, endpoint: Endpoint) -> Transport:
         transport = self._transports.get(endpoint.address)
         if transport is None:
-            transport = self._transports[endpoint.address] = _make_transport(endpoint.address)
+            transport = self._transports[endpoint.address] = make_transport(endpoint.address)
         return transport
 
 
@@ -190,7 +194,8 @@ def policies_of(config: Config) -> dict[str, Balance]:
     return {name: model.balance for name, model in config.models.items()}
 
 
-def _make_transport(address: str) -> Transport:
+def make_transport(address: str) -> Transport:
+    """Return a way to an address: `unix:/path` or `scheme://host:port`."""
     if address.startswith("https:"):
         # Imported here because most servers call no cloud, and it takes longer than the rest of the start.
         from proxy.transport.cloud import CloudTransport

@@ -48,13 +48,14 @@ class Placed(msgspec.Struct, frozen=True):
     """Where a question goes, and what it is there: with a preset put in, for one.
 
     chain: the models that answer if this one cannot. alternatives: those of them that the name itself stands for, as a
-    group does. learn: told the model that answered and the tokens of its prompt.
+    group does. chosen: see Walk. learn: told the model that answered and the tokens of its prompt.
     """
 
     asked: Asked
     model: Model
     chain: Sequence[str] = ()
     alternatives: Sequence[str] = ()
+    chosen: bool = False
     learn: Callable[[str, int], None] | None = None
 
 
@@ -160,7 +161,8 @@ class Asking:
             placed = self._place(self.question.name, self.question.plain)
         chain = placed.chain if self.question.is_alone else placed.alternatives
         self.exchange.model, self.exchange.on_prompt = placed.model.name, placed.learn
-        return await Walk(self._ways, placed.asked, placed.model, chain, self.exchange, self._deadline).answer()
+        walk = Walk(self._ways, placed.asked, placed.model, chain, self.exchange, self._deadline, chosen=placed.chosen)
+        return await walk.answer()
 
     def _is_refused(self, reply: Reply) -> bool:
         """Say whether a reply is an error, and note it. It is the client's, whose words may be shown."""

@@ -108,16 +108,17 @@ class Chat:
         if isinstance(target, Preset):
             asked, target = _with_preset(asked, target), target.of
         assert not isinstance(target, Ensemble), "the configuration has no ensemble in another"
-        if isinstance(target, Model):
-            forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
-            return Placed(_without_wishes(asked), target, registry.chains.get(name, ()))
-        routed = self._dispatcher.route(
-            registry, target, Inquiry(asked.path, asked.envelope.fields, asked.headers, name)
-        )
+        fields = asked.envelope.fields
+        if isinstance(target, Model) and wishes.FIELD not in fields:
+            forbidden.check(fields, target.policy, self._ways.limits)
+            return Placed(asked, target, registry.chains.get(name, ()))
+        routed = self._dispatcher.route(registry, target, Inquiry(asked.path, fields, asked.headers, name))
         first, *others = routed.models
-        alternatives = tuple(name for name in others if name in target.members)
+        members = () if isinstance(target, Model) else target.members
+        alternatives = tuple(name for name in others if name in members)
         learn = partial(self._dispatcher.learn, routed.plan.features.tokens)
-        return Placed(_without_wishes(asked), registry.models[first], others, alternatives, learn)
+        model, chosen = registry.models[first], not isinstance(target, Model)
+        return Placed(_without_wishes(asked), model, others, alternatives, chosen, learn)
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""

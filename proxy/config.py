@@ -26,6 +26,8 @@ from proxy.forbidden import ALLOWABLE
 from proxy.limits import Limits
 from proxy.mistakes import dotted, located, unknown_key
 from proxy.naming import AUTO, AliasSettings
+from proxy.prompts import rendering
+from proxy.prompts.adapters import FAMILIES, AdapterSettings, template_name
 from proxy.references import TASK, Names, no_such
 from proxy.rules import RoutingSettings, Rule
 from proxy.traits import Traits
@@ -125,10 +127,11 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server that somebody else runs. model: its own name for the model; the model's name if left out.
 
-    provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, or the name of an entry
-    point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
-    provider, which says what it takes. max_in_flight: requests that it gets at once; any number if left out.
-    pass_timeout: true for another Polyvox, which is told how long the client still waits (`x-request-timeout`).
+    provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, completions (like openai,
+    but text only: see a model's `adapter`), or the name of an entry point in the group polyvox.providers. api_version:
+    the version of that API, where it has several. options: for the provider, which says what it takes. max_in_flight:
+    requests that it gets at once; any number if left out. pass_timeout: true for another Polyvox, which is told how
+    long the client still waits (`x-request-timeout`).
 
     Where these are left out, they are as `polyvox probe` found them, and else as said here. stream_usage: false for a
     server that refuses `stream_options`, what its streams use is then not accounted; else true. continues: whether a
@@ -193,6 +196,8 @@ class ModelSettings(Traits, frozen=True, forbid_unknown_fields=True):
     allow: fields of requests that are refused otherwise, because they reach past the model: chat_template and the like.
     price: of its tokens; where it is left out, endpoints have that of the package genai-prices, if it knows them.
     hosting: of an engine, what its machine costs, instead of a price.
+    adapter: how requests are changed for what the model cannot take; where it is left out, as the model's name tells.
+    probe: off for an engine that is not to be asked what it can do when it is first ready; `polyvox probe` still does.
     """
 
     engine: EngineSettings | None = None
@@ -205,6 +210,8 @@ class ModelSettings(Traits, frozen=True, forbid_unknown_fields=True):
     allow: tuple[str, ...] = ()
     price: Price | None = None
     hosting: Hosting | None = None
+    adapter: AdapterSettings | None = None
+    probe: bool = True
 
     def traits(self) -> Traits:
         """Return what the model is said to be good for, apart from the rest."""
@@ -224,6 +231,9 @@ class LedgerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     url: Secret | None = None
     journal_bytes: Annotated[int, Meta(ge=1024 * 1024)] = 1024 * 1024 * 1024
+
+
+TEXT_ONLY = "completions"  # the provider of servers with /v1/completions and no chats
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -677,6 +687,28 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
             raise source.error((*path, "allow", i), unknown_key(field, sorted(ALLOWABLE)))
     if model.endpoints and not any(e.weight for e in model.endpoints):
         raise source.error((*path, "endpoints"), "all weights are 0, so nothing could be chosen")
+    _check_adapter(name, model, source)
+
+
+def _check_adapter(name: str, model: ModelSettings, source: _Source) -> None:
+    path, adapter = ("models", name, "adapter"), model.adapter or AdapterSettings()
+    for field in ("max_tokens", "temperature"):
+        limits = getattr(adapter, field)
+        if limits and limits[0] > limits[1]:
+            raise source.error((*path, field), f"the least, {limits[0]:g}, is more than the most, {limits[1]:g}")
+    of_text = [e for e in model.endpoints if e.provider == TEXT_ONLY]
+    if adapter.template is not None:
+        if not of_text:
+            raise source.error((*path, "template"), f"it is for endpoints with provider: {TEXT_ONLY}, there are none")
+        if wrong := rendering.problem(adapter.template):
+            raise source.error((*path, "template"), f"not a template of Jinja: {wrong}")
+    for endpoint in of_text if adapter.template is None else ():
+        if template_name(adapter, endpoint.model or name) is None:
+            raise source.error(
+                (*path, "family"),
+                f"provider {TEXT_ONLY} needs the form of chats that the model was taught, and its name does not tell: "
+                f"give {', '.join(FAMILIES)}, or a template",
+            )
 
 
 _OWN_FLAGS = {
@@ -709,15 +741,22 @@ def _check_engine(engine: EngineSettings, path: tuple[str | int, ...], source: _
 
 
 def _check_url(url: str, path: tuple[str | int, ...], source: _Source) -> None:
+    if wrong := wrong_with_url(url):
+        raise source.error(path, wrong)
+
+
+def wrong_with_url(url: str) -> str | None:
+    """Return what is wrong with the URL of an endpoint, None for nothing."""
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         valid = False
     if not valid:
-        raise source.error(path, "expected http://HOST[:PORT]/PATH or https://...")
+        return "expected http://HOST[:PORT]/PATH or https://..."
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise source.error(path, "leave user, password, query and fragment out; a key goes into api_key")
+        return "leave user, password, query and fragment out; a key goes into api_key"
+    return None
 
 
 def _check_ledger_url(url: str, source: _Source) -> None:

@@ -6,6 +6,7 @@ PolyvoxError
 ├── ServeError                 the server cannot start or go on: what, and what to do
 ├── PluginError                what an installed distribution offers cannot be used
 ├── WrongSetting               a provider does not take a setting of its endpoint
+├── ProbeFailed                an endpoint does not say what it can do: it does not answer, or not to us
 ├── RequestError               what a client is told, in OpenAI's envelope
 │   ├── BadRequest             400
 │   │   └── NothingSuits       no model has what the request needs
@@ -84,6 +85,13 @@ class WrongSetting(PolyvoxError):
     def __init__(self, field: tuple[str | int, ...], message: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class ProbeFailed(PolyvoxError):
+    """An endpoint could not be asked what it can do. The text says why."""
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        super().__init__(f"{endpoint} does not answer: {reason}")
 
 
 class RequestError(PolyvoxError):

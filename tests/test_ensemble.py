@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -513,14 +513,20 @@ def test_the_time_that_a_client_gives_ends_what_is_written_in_an_error():
 # What members may be
 
 
-def configured(story: Story, plays: dict[str, Play], **configuration: Any) -> None:
+def configured(
+    story: Story, plays: dict[str, Play], regions: Mapping[str, str] | None = None, **configuration: Any
+) -> None:
     """Tell a story of a whole configuration, whose models play."""
 
     async def tell() -> None:
         async with AsyncExitStack() as stack:
             upstreams = {name: await stack.enter_async_context(upstream(play)) for name, play in plays.items()}
             models = {
-                name: ModelSettings(endpoints=(EndpointSettings(base_url=f"{u.address}/v1"),), timeouts=PATIENT)
+                name: ModelSettings(
+                    endpoints=(EndpointSettings(base_url=f"{u.address}/v1"),),
+                    timeouts=PATIENT,
+                    region=(regions or {}).get(name),
+                )
                 for name, u in upstreams.items()
             }
             proxy = await stack.enter_async_context(proxying(Config(models=models, **configuration)))
@@ -576,16 +582,18 @@ def test_a_judge_has_its_chain():
     )
 
 
-def test_a_member_that_the_router_finds_nothing_for_is_left_out():
-    async def story(proxy: Proxy, _: dict[str, ScriptedUpstream]) -> None:
+def test_members_that_are_not_what_a_request_requires_are_left_out():
+    async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
         body = (await proxy.ask("council", routing={"requirements": {"region": "mars"}})).json()
-        assert conditions(body) == {"any": "failed", "b": "answered"}
+        assert conditions(body) == {"any": "failed", "b": "failed", "c": "answered"}
+        assert "routing" not in json.loads(upstreams["c"].requests[0].body)
 
     configured(
         story,
-        {"a": says("x"), "b": says("y")},
+        {"a": says("x"), "b": says("y"), "c": says("z")},
+        regions={"c": "mars"},
         aliases={"any": AliasSettings(any_of=("a",))},
-        ensembles={"council": EnsembleSettings(members={"any": 1.0, "b": 1.0})},
+        ensembles={"council": EnsembleSettings(members={"any": 1.0, "b": 1.0, "c": 1.0})},
     )
 
 

@@ -72,6 +72,7 @@ class Board:
         """memory: the descriptor of what all workers lay out alike; -1 for my own."""
         self._memory = Shared(memory)
         self._workers, self._worker = workers, worker
+        self.is_first = worker == 0
         # All mutable state: the blocks that were ever used here, and those of the models that there are now.
         self._blocks: dict[Slot, Block] = {}
         self._current: dict[str, Slot] = {}
