@@ -246,6 +246,22 @@ def test_aliases_keys_and_limits_are_those_of_the_newest_configuration(server: S
     assert everywhere(server, chat("gpt-4o")) == {200}
 
 
+def test_groups_presets_and_ensembles_come_and_go(server: Server, remotes: tuple[str, str]):
+    wanted, system = configuration(remotes), "Answer shortly."
+    wanted["aliases"] |= {"both": {"any_of": ["fast", "remote"]}, "short": {"model": "remote", "system": system}}
+    wanted["ensembles"] = {"council": {"members": {"fast": 1.0, "remote": 1.0}, "strategy": "first"}}
+    said = configure(server, wanted)
+    assert said["added"] == ["aliases.both", "aliases.short", "ensembles.council"]
+    for name in ("both", "short", "council"):
+        assert everywhere(server, chat(name)) == {200}
+    counted = scrape(server).value("polyvox_requests_total", model_name="council")
+    assert counted == 12
+    assert configure(server, configuration(remotes))["removed"] == said["added"]
+    for name in ("both", "short", "council"):
+        assert everywhere(server, chat(name)) == {404}
+    assert scrape(server).value("polyvox_requests_total", model_name="council") == counted
+
+
 # Refusals
 
 
