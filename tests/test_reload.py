@@ -523,6 +523,7 @@ def test_a_model_that_is_deleted_is_gone_from_the_file(server: Server, remotes: 
         ("PUT", "/admin/models/gpt-4o", {"engine": {"simulator": {}}}, 400, "aliases.gpt-4o"),
         ("PUT", "/admin/models/x", {"endpoints": [{"base_url": "http://x/v1", "api_key": "***"}]}, 400,
          "models.x.endpoints[0].api_key"),
+        ("PUT", "/admin/models/x", {"engine": {"weights": "org/X-MLX_8bit"}}, 409, None),
         ("DELETE", "/admin/models/fast", None, 400, "aliases.gpt-4o"),
         ("DELETE", "/admin/models/nothing", None, 404, "model"),
         ("GET", "/admin/models/nothing", None, 404, "model"),

@@ -144,7 +144,7 @@ class CloudTransport:
 
     @property
     def is_idle(self) -> bool:
-        return not self._closings and all(connection.is_idle() for connection in self._pool.connections)
+        return not self._closings and all(c.is_idle() or c.is_closed() for c in self._pool.connections)
 
     async def close(self) -> None:
         await asyncio.gather(*self._closings, return_exceptions=True)
