@@ -4,6 +4,7 @@ PolyvoxError
 ├── ConfigError                the configuration is wrong: file, line, key, remedy
 │   └── FileReadOnly           its file cannot be written
 ├── ServeError                 the server cannot start or go on: what, and what to do
+│   └── NotFollowed            a worker does not follow a new configuration
 ├── PluginError                what an installed distribution offers cannot be used
 ├── WrongSetting               a provider does not take a setting of its endpoint
 ├── ProbeFailed                an endpoint does not say what it can do: it does not answer, or not to us
@@ -73,6 +74,10 @@ class FileReadOnly(ConfigError):
 
 class ServeError(PolyvoxError):
     """The server cannot start, or cannot go on. The text says what to do."""
+
+
+class NotFollowed(ServeError):
+    """A worker does not follow a new configuration, as all others do."""
 
 
 class PluginError(PolyvoxError):

@@ -129,7 +129,7 @@ class Parts:
             await _plan(self._launcher, added, new)
 
     async def follow(self, new: Loaded, old: Loaded) -> None:
-        """Have the workers go by a configuration, then the engines: who is to go gets no more. Raises ServeError."""
+        """Have the workers go by a configuration, then the engines: who is to go gets no more. Raises NotFollowed."""
         there, specs = {spec.id: spec for spec in old.config.engines()}, new.config.engines()
         self._launcher.forget(spec.id for spec in specs if spec.id in there and not spec.same_process(there[spec.id]))
         try:

@@ -6,6 +6,7 @@ deletes a model, which is written to the file first.
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,9 @@ from proxy import changes, config, providers
 from proxy.changes import Changes
 from proxy.config import Loaded
 from proxy.console import Console
-from proxy.errors import ConfigError, ServeError
+from proxy.errors import ConfigError, NotFollowed, ServeError
+
+log = logging.getLogger(__name__)
 
 _POLL = 0.5  # seconds between two looks at the file; it must be the same twice, as whoever writes it is done then
 
@@ -29,7 +32,7 @@ class Followers(Protocol):
         """See that there is room for what is new. Raises ConfigError or ServeError."""
 
     async def follow(self, new: Loaded, old: Loaded) -> None:
-        """Follow a configuration that was checked. Raises ServeError."""
+        """Follow a configuration that was checked. Raises NotFollowed where somebody does not; all others do."""
 
     def refused(self) -> None:
         """The configuration in the file was refused."""
@@ -176,8 +179,12 @@ class Reloader:
     async def _reload_aloud(self) -> None:
         try:
             await self.reload()
+        except NotFollowed as e:
+            self._console.say(str(e), style="red")
         except (ConfigError, ServeError) as e:
             self._console.say(f"the new configuration is refused, the one before stays: {e}", style="red")
+        except Exception:  # whatever is in a file, the server goes on
+            log.exception("the new configuration is refused, the one before stays")
 
 
 def _digest(text: str) -> str:

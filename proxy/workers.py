@@ -14,7 +14,7 @@ from engines.paths import StatePaths
 from proxy import config
 from proxy.config import Config
 from proxy.console import Console
-from proxy.errors import ServeError
+from proxy.errors import NotFollowed, ServeError
 from proxy.metrics import conditions, note_reload
 from proxy.orders import Followed, Orders
 from proxy.shared import Slots, shared_memory, slots_of
@@ -72,10 +72,10 @@ class _Worker:
         self._followed = said.generation
         self._changed.set()
 
-    async def follows(self, generation: int) -> bool:
-        """Return when the worker follows a generation or has ended, or after a while; say whether it does or has."""
+    async def follows(self, generation: int, patience: float = _PATIENCE) -> bool:
+        """Wait until the worker follows a generation or has ended, for so many seconds; say whether it does or has."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(patience):
                 while not self._gone and self._followed < generation:
                     self._changed.clear()
                     await self._changed.wait()
@@ -121,14 +121,18 @@ class Workers:
         return msgspec.json.encode(conditions(self._slots, self._count, self._metrics_fd))
 
     async def follow(self, settings: Config) -> None:
-        """Have all workers follow another configuration. Raises ServeError where one does not do so in time."""
+        """Have all workers follow another configuration. Raises NotFollowed where one does not; it is replaced."""
         self._take(settings)
         generation = self._generation
         running = tuple(self._running)
         for worker in running:
             worker.send(self._orders(worker.number))
-        if not all(await asyncio.gather(*(worker.follows(generation) for worker in running))):
-            raise ServeError(f"not all workers follow the new configuration after {_PATIENCE:.0f} s")
+        done = await asyncio.gather(*(worker.follows(generation) for worker in running))
+        if late := [worker for worker, follows in zip(running, done, strict=True) if not follows]:
+            for worker in late:
+                worker.signal(signal.SIGTERM)
+            pids = ", ".join(str(worker.process.pid) for worker in late)
+            raise NotFollowed(f"worker {pids} does not follow configuration {generation} in time; it is replaced")
 
     def refused(self) -> None:
         """Note that a new configuration was none."""

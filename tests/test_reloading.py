@@ -157,3 +157,18 @@ def test_an_unwatched_file_is_followed_when_somebody_asks(tmp_path: Path):
         await eventually(lambda: played.followed == ["http://two/v1"])
 
     watched(made, story(), asked)
+
+
+def test_whatever_is_in_the_file_the_server_goes_on(tmp_path: Path):
+    made, played, file = reloader(tmp_path)
+
+    async def story() -> None:
+        file.write_text("[" * 20_000)
+        asked.set()
+        await eventually(lambda: not asked.is_set())
+        file.write_text(TWO)
+        await eventually(lambda: bool(played.followed))
+
+    asked = asyncio.Event()
+    watched(made, story(), asked)
+    assert played.followed == ["http://two/v1"]

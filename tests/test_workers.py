@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Coroutine
@@ -59,6 +60,21 @@ def test_a_worker_that_cannot_follow_is_ended_so_that_another_starts():
         assert await worker.follows(2)
         assert await running == -15
         await worker.end()
+
+    asyncio.run(story())
+
+
+def test_a_worker_that_says_nothing_is_not_waited_for_for_ever():
+    async def story() -> None:
+        worker = await started("follow")
+        running = asyncio.create_task(worker.run())
+        worker.process.send_signal(signal.SIGSTOP)
+        worker.send(orders(2))
+        assert not await worker.follows(2, patience=0.05)
+        worker.process.send_signal(signal.SIGCONT)
+        assert await worker.follows(2)
+        await worker.end()
+        await running
 
     asyncio.run(story())
 
