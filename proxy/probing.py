@@ -7,14 +7,16 @@ from pathlib import Path
 
 import click
 import msgspec
+import yaml
 
 from engines.paths import StatePaths
 from engines.spec import FleetStatus
 from proxy import config, providers, registry
 from proxy.app import make_transport
-from proxy.capabilities import Finding, Folder
+from proxy.capabilities import Capabilities, Finding, Folder
 from proxy.config import Config, EndpointSettings, Loaded, ModelSettings, Secret
 from proxy.errors import ConfigError, ProbeFailed, ServeError
+from proxy.noting import noted
 from proxy.probe import probe
 from proxy.registry import Endpoint, Model
 
@@ -22,7 +24,8 @@ from proxy.registry import Endpoint, Model
 class Wanted(msgspec.Struct, frozen=True):
     """What to ask. url: of a server that is in no configuration. key: the environment variable with its key.
 
-    spend: tokens for trying out the context length. as_json: print findings instead of their lines.
+    spend: tokens for trying out the context length. as_json: print findings instead of their lines. write: put what was
+    found into the configuration's file.
     """
 
     model: str
@@ -30,6 +33,7 @@ class Wanted(msgspec.Struct, frozen=True):
     key: str | None = None
     spend: int = 0
     as_json: bool = False
+    write: bool = False
 
 
 def main(
@@ -51,6 +55,11 @@ def main(
     folder = Folder(paths.capabilities)
     for endpoint, finding in zip(endpoints, found, strict=True):
         folder.write(endpoint.subject, finding)
+    if wanted.write:
+        kept = {endpoint.subject: finding.capabilities for endpoint, finding in zip(endpoints, found, strict=True)}
+        lines = _write(file, environ, model.name, [kept[e.subject] for e in model.endpoints if e.subject in kept])
+        said = [f"{file}: models.{model.name}.{line}" for line in lines] or [f"{file}: nothing is new"]
+        click.echo("\n".join(said), err=wanted.as_json)
     if wanted.as_json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
 
@@ -65,6 +74,25 @@ def _model(known: registry.Registry, name: str) -> Model:
 def _each_subject(model: Model) -> list[Endpoint]:
     """Return the endpoints that are ready: of replicas, which are all the same, one."""
     return list({endpoint.subject: endpoint for endpoint in reversed(model.ready())}.values())[::-1]
+
+
+def _write(file: Path, environ: Mapping[str, str], name: str, found: list[Capabilities]) -> list[str]:
+    """Put what was found of a model into the file; return a line for each thing that is new there.
+
+    Raises ConfigError where the file cannot have it, or is not to be written.
+    """
+    from proxy import editing  # it takes a while to import
+
+    text = config.read(file)
+    models = (yaml.safe_load(text) or {}).get("models") or {}
+    if name not in models:
+        raise ConfigError(f"{file}: there is no models.{name} in it to write to")
+    settings, lines = noted(models[name], found)
+    changed = editing.put_model(text, name, settings) if lines else text
+    config.parse(changed, file, environ)
+    if lines:
+        editing.write(file, changed)
+    return lines
 
 
 async def _ask(endpoints: list[Endpoint], wanted: Wanted, loaded: Loaded) -> list[Finding]:
