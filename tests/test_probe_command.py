@@ -25,7 +25,7 @@ models:
   local:
     engine: {{simulator: {{}}}}
     hosting: {{usd_per_hour: 2.1}}
-aliases: {{best: cloud}}
+aliases: {{best: cloud, legal: {{model: cloud, system: Be a lawyer.}}, fast: {{any_of: [cloud, local]}}}}
 """
 
 
@@ -98,8 +98,10 @@ def test_a_server_that_is_in_no_configuration_is_asked_by_its_url(tmp_path):
     ("args", "status", "said"),
     [
         (["nobody"], 2, "there is no model 'nobody'; there are cloud, local"),
+        (["fast"], 2, "there is no model 'fast'"),
         (["local"], 3, "no polyvox server answers"),
         (["cloud"], 1, "cloud/0 does not answer: ConnectFailed"),
+        (["legal"], 1, "cloud/0 does not answer: ConnectFailed"),
         (["x", "--url", "ftp://x"], 2, "--url: expected http://HOST"),
         (["x", "--url", "http://127.0.0.1:1/v1", "--key-env", "NOPE"], 2, "environment variable NOPE is not set"),
         (["x", "--key-env", "KEY"], 2, "--key-env goes with --url"),
