@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 from urllib.parse import SplitResult, urlsplit
 
@@ -46,8 +46,8 @@ class Asked(msgspec.Struct, frozen=True):
             content["seed"] = self.pace
         return json.dumps(content, separators=(",", ":")).encode()
 
-    def requests(self, url: SplitResult) -> list[bytes]:
-        """Return the requests as bytes on the wire."""
+    def requests(self, url: SplitResult, bodies: Sequence[bytes] = ()) -> list[bytes]:
+        """Return the requests as bytes on the wire. bodies: those to be sent instead of its own."""
         fields = {
             "host": url.netloc,
             "content-type": "application/json",
@@ -55,7 +55,7 @@ class Asked(msgspec.Struct, frozen=True):
             **self.headers,
         }
         head = f"POST {url.path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in fields.items())
-        return [head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body for body in self.bodies()]
+        return [head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body for body in bodies or self.bodies()]
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -137,10 +137,11 @@ def _content_length(head: bytes) -> int | None:
 class Generator:
     """Keeps connections busy for a while, and remembers how long answers took."""
 
-    def __init__(self, url: SplitResult, asked: Asked, rate: float | None) -> None:
+    def __init__(self, url: SplitResult, asked: Asked, rate: float | None, bodies: Sequence[bytes] = ()) -> None:
+        """bodies: those to be sent instead of those of `asked`."""
         self._loop = asyncio.get_running_loop()
         self._url = url
-        self._requests = asked.requests(url)
+        self._requests = asked.requests(url, bodies)
         self._rate = rate
         # All mutable state: requests sent, those waiting for a connection, when each one under way was due, free
         # connections, latencies in seconds, errors, whether the time is over, and the future of the end.
@@ -199,7 +200,7 @@ class Generator:
         self._free.remove(client)
         self._under_way[client] = due
         self._sent += 1
-        client.send(self._requests[self._sent % VARIETY])
+        client.send(self._requests[self._sent % len(self._requests)])
 
     def _on_done(self, client: Client, error: bytes) -> None:
         due = self._under_way.pop(client, None)

@@ -147,7 +147,7 @@ def _upstreams(folder: Path) -> Iterator[None]:
     cores = split_cores(sorted(os.sched_getaffinity(0)), 1)
     command = (sys.executable, "-m", "benchmarks.upstream", *map(str, UPSTREAM_PORTS))
     with processes.pinned(cores.rest[-1:], command, folder / "upstream.log"):
-        _until_up(f"http://127.0.0.1:{UPSTREAM_PORTS[0]}", {}, 10)
+        until_up(f"http://127.0.0.1:{UPSTREAM_PORTS[0]}", {}, 10)
         yield
 
 
@@ -180,7 +180,7 @@ def _run_peer(
     began = time.monotonic()
     with processes.pinned(cores.proxy, start.command, own / "log", start.environ) as process:
         origin = f"http://127.0.0.1:{PROXY_PORT}"
-        if not _until_up(origin, start.headers, STARTING, process):
+        if not until_up(origin, start.headers, STARTING, process):
             print(f"{peer.name} does not start: {(own / 'log').read_text()[-500:]}", file=sys.stderr)
             return
         listening = time.monotonic() - began
@@ -190,7 +190,7 @@ def _run_peer(
             yield case, peer.name, _measure(case, url, start.headers, pids, longer, listening)
 
 
-def _until_up(
+def until_up(
     origin: str, headers: dict[str, str], limit: float, process: subprocess.Popen[bytes] | None = None
 ) -> bool:
     """Wait until something answers, whatever it says."""

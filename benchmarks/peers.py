@@ -162,8 +162,8 @@ def _start_ours(program: Path, s: Setting) -> Start:
     endpoints = [{"base_url": f"{o}/v1", "model": MODEL} for o in s.upstreams]
     server = {"api_keys": [KEY], "workers": s.workers}
     models = {"served": {"endpoints": endpoints}}
-    # No other proxy here keeps a ledger.
-    settings = {"server": server, "models": models, "aliases": {MODEL: "served"}, "ledger": "off"}
+    # No other proxy here keeps a ledger, or answers.
+    settings = {"server": server, "models": models, "aliases": {MODEL: "served"}, "ledger": False, "cache": False}
     config.write_text(json.dumps(settings))
     words = ("serve", "--config", str(config), "--port", str(s.port), "--state-dir", str(s.folder / "state"))
     return Start((str(program), *words))

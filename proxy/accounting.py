@@ -125,6 +125,15 @@ class Tally:
     def __repr__(self) -> str:
         return f"<Tally {self.usage!r} {self.finish_reason}>"
 
+    @classmethod
+    def of(cls, usage: Usage | None, finish_reason: str | None) -> "Tally":
+        """Return that of an answer which was read before."""
+        tally = cls()
+        if usage is not None:
+            tally._in, tally._out, tally._cached = usage.tokens_in, usage.tokens_out, usage.cached
+        tally.finish_reason = finish_reason
+        return tally
+
     @property
     def usage(self) -> Usage | None:
         """The tokens, None if the answer has not told them."""
@@ -392,11 +401,11 @@ def _last_value(text: str, key: str) -> Any:
 
 
 class NoAccount:
-    """An answer that tells nothing of tokens: text, audio."""
+    """An answer that tells nothing of tokens (text, audio), or that was read before (tally)."""
 
-    def __init__(self) -> None:
+    def __init__(self, tally: Tally | None = None) -> None:
         # All mutable state: whether anything came.
-        self.tally = Tally()
+        self.tally = tally or Tally()
         self.begun = False
 
     def __repr__(self) -> str:

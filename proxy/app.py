@@ -14,6 +14,8 @@ from proxy.admin import Admin
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
+from proxy.cache.bulletin import Bulletin
+from proxy.caching import make_cached
 from proxy.capabilities import Folder
 from proxy.chat import Chat
 from proxy.config import Balance, Config, Queue
@@ -22,6 +24,7 @@ from proxy.discovery import Discovery
 from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
+from proxy.ledger.recorder import Both
 from proxy.live import LiveRegistry, Sources, watch_findings, watch_fleet
 from proxy.metrics import Metrics
 from proxy.prices import Prices
@@ -47,7 +50,7 @@ class Places(NamedTuple):
 class Worker:
     """What one worker process holds."""
 
-    def __init__(self, config: Config, places: Places, metrics: Metrics, board: Board) -> None:
+    def __init__(self, config: Config, places: Places, metrics: Metrics, board: Board, bulletin: Bulletin) -> None:
         providers.prepare(config)
         self._metrics = metrics
         self._board = board
@@ -69,6 +72,9 @@ class Worker:
         self._prices = Prices(config, metrics.throughput)
         speed = metrics.tokens_per_second
         self._dispatcher = Dispatcher(self._endpoints, config.limits, self._prices, speed)
+        sink: Sink = Both(metrics, self._books.recorder) if self._books else metrics
+        self._cached = make_cached(config, self._ways(), bulletin, metrics, sink, self._prices)
+        metrics.stores = self._cached.sums if self._cached else None
         admin = Admin(self._supervisor)
         self._api = Api(self._chat(), self._live, metrics, config.server, self._prices, self._books, admin)
         self._transports: dict[str, Transport] = {}
@@ -101,14 +107,18 @@ class Worker:
         self._look_around()
 
     def _chat(self) -> Chat:
+        return Chat(self._ways(), self._dispatcher, self._cached)
+
+    def _ways(self) -> Ways:
         start_wait, limits = self._config.server.start_wait, self._config.limits
-        ways = Ways(self._live, self._endpoints, self._transport_to, start_wait, limits, self._admission)
-        return Chat(ways, self._dispatcher)
+        return Ways(self._live, self._endpoints, self._transport_to, start_wait, limits, self._admission)
 
     async def _start(self) -> None:
         self._go_on("finding", watch_findings(self._sources, self._found, self._found_at))
         if self._books:
             self._go_on("recording", self._books.recorder.run())
+        if self._cached:
+            self._go_on("caching", self._cached.run())
         self._look_around()
 
     def _look_around(self) -> None:
@@ -149,6 +159,8 @@ class Worker:
             task.cancel()
         await asyncio.gather(*self._beside.values(), return_exceptions=True)
         await self._recovery.close()
+        if self._cached:
+            await self._cached.close()
         if self._books:
             await self._books.close()
         for transport in (*self._transports.values(), self._supervisor):

@@ -1,5 +1,6 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,9 @@ import msgspec
 
 from proxy import accounting, explanation, forbidden, limits, presets, wire, wishes
 from proxy.asking import Placed
+from proxy.cache import wish
+from proxy.cache.replies import Client, WhenGone
+from proxy.cached import Cached
 from proxy.deadline import Deadline
 from proxy.dispatch import Dispatcher, Inquiry
 from proxy.ensemble import FanOut
@@ -41,14 +45,17 @@ class Incoming(msgspec.Struct, frozen=True):
     salt: str | None = None
     deadline: Deadline | None = None
     models: frozenset[str] | None = None
+    when_gone: WhenGone | None = None
 
 
 class Chat:
     """Answers requests for models."""
 
-    def __init__(self, ways: Ways, dispatcher: Dispatcher | None = None) -> None:
+    def __init__(self, ways: Ways, dispatcher: Dispatcher | None = None, cached: Cached | None = None) -> None:
+        """cached: of a server that keeps answers."""
         self._ways = ways
         self._dispatcher = dispatcher or Dispatcher(ways.endpoints, ways.limits)
+        self.cached = cached
 
     def __repr__(self) -> str:
         return f"<Chat {self._ways.endpoints!r}>"
@@ -59,9 +66,10 @@ class Chat:
         1. Read the few fields that decide where it goes.
         2. Find what stands behind the name; put a preset in.
         3. Find the model, which the router does where there are several; refuse what it may not be asked.
-        4. Walk from endpoint to endpoint until one answers, under the name that was asked for.
+        4. Give an answer that is kept, or that others wait for.
+        5. Walk from endpoint to endpoint until one answers, under the name that was asked for.
 
-        An ensemble does 2 to 4 for each of its members.
+        An ensemble does 2, 3 and 5 for each of its members.
         """
         kind = content_type(request.headers) if request.path in _FORMS else b""
         form = kind.lower().startswith(b"multipart/form-data")
@@ -72,7 +80,7 @@ class Chat:
         exchange.alias = envelope.model
         asked = _asked(request, envelope, form=form)
         if isinstance(target, Ensemble):
-            return await self._together(target, asked, request, exchange)
+            return await self._together(target, _without(asked, wish.FIELD), request, exchange)
         if isinstance(target, Preset):
             asked, target = _with_preset(asked, target), target.of
         routed = None
@@ -83,16 +91,32 @@ class Chat:
                 chain = tuple(name for name in chain if name in request.models)
         else:
             routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
-            asked, model, chain = _without_wishes(asked), registry.models[routed.models[0]], routed.models[1:]
+            asked, model, chain = _without(asked, wishes.FIELD), registry.models[routed.models[0]], routed.models[1:]
             exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
         exchange.model = model.name
         if envelope.stream and (options := asked.envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
         chosen = not isinstance(target, Model)
-        reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
+        if wish.FIELD in asked.envelope.fields or self.cached is not None:
+            reply = await self._cache(asked, model, chain, request, exchange, chosen=chosen)
+        else:
+            reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
         if routed is not None and routed.explains:
             reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.models)),)
         return reply
+
+    async def _cache(
+        self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange, *, chosen: bool
+    ) -> Reply:
+        """Answer from the cache, or as the cache is told to; without one, as if it had not been spoken of."""
+        field = None if asked.form else asked.envelope.fields.get(wish.FIELD)
+        if field is not None:
+            asked = _without(asked, wish.FIELD)
+        walk = partial(Walk, self._ways, asked, model, chain, exchange, chosen=chosen)
+        if self.cached is None:
+            return await walk(request.deadline).answer()
+        client = Client(request.deadline, request.when_gone)
+        return await self.cached.answer(asked, model, chain, exchange, walk, wish.read(request.headers, field), client)
 
     async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
         """Answer a request with several models."""
@@ -118,7 +142,7 @@ class Chat:
         alternatives = tuple(name for name in others if name in members)
         learn = partial(self._dispatcher.learn, routed.plan.features.tokens)
         model, chosen = registry.models[first], not isinstance(target, Model)
-        return Placed(_without_wishes(asked), model, others, alternatives, chosen, learn)
+        return Placed(_without(asked, wishes.FIELD), model, others, alternatives, chosen, learn)
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
@@ -158,12 +182,12 @@ def _with_preset(asked: Asked, preset: Preset) -> Asked:
     return asked if put is fields else _with_fields(asked, put)
 
 
-def _without_wishes(asked: Asked) -> Asked:
-    """Take out what only the router is meant to see."""
+def _without(asked: Asked, name: str) -> Asked:
+    """Take out a field that only we are meant to see."""
     fields = asked.envelope.fields
-    if wishes.FIELD not in fields:
+    if name not in fields:
         return asked
-    return _with_fields(asked, {name: value for name, value in fields.items() if name != wishes.FIELD})
+    return _with_fields(asked, {other: value for other, value in fields.items() if other != name})
 
 
 def _with_fields(asked: Asked, fields: dict[str, msgspec.Raw]) -> Asked:

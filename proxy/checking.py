@@ -11,6 +11,7 @@ from engines.memory import GIB, Plan, PlanRefused
 from engines.paths import StatePaths
 from engines.weights import WeightsSourceError
 from proxy import config, providers
+from proxy.cache import needs
 from proxy.config import Loaded
 from proxy.console import print_table
 from proxy.ensembles.settings import EnsembleSettings
@@ -22,6 +23,7 @@ def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
     """Print the plan of a configuration. Raises ConfigError where it is wrong, ServeError where it does not fit."""
     loaded = config.load(file, environ)
     providers.check(loaded)
+    needs.check(loaded)
     launcher = Launcher(paths, loaded.base)
     try:
         plan = launcher.plan(loaded.config.engines())

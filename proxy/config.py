@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import complexity, media, references, rules, tasks
+from proxy.cache.settings import CacheSettings, Embeddings
 from proxy.cost import Hosting, Price
 from proxy.ensembles.settings import EnsembleSettings
 from proxy.ensembles.settings import faults as ensemble_faults
@@ -30,32 +31,12 @@ from proxy.prompts import rendering
 from proxy.prompts.adapters import FAMILIES, AdapterSettings, template_name
 from proxy.references import TASK, Names, no_such
 from proxy.rules import RoutingSettings, Rule
+from proxy.secret import MASK as MASK
+from proxy.secret import Secret as Secret
 from proxy.traits import Traits
 
-MASK = "***"
-
 T = TypeVar("T")
-
-
-class Secret:
-    """A string that never shows itself: only `reveal()` gives the value."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def reveal(self) -> str:
-        return self._value
-
-    def __repr__(self) -> str:
-        return MASK
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._value == self._value
-
-    def __hash__(self) -> int:
-        return hash(self._value)
+Section = TypeVar("Section", bound=msgspec.Struct)
 
 
 class ApiKey(Secret):
@@ -255,6 +236,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[Rule, ...] = ()
     ledger: LedgerSettings | bool = LedgerSettings()
     ensembles: dict[str, EnsembleSettings] = {}
+    cache: CacheSettings | bool = CacheSettings()
 
     def names(self) -> Names:
         """Return all that has a name, and what it stands for."""
@@ -265,6 +247,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if isinstance(self.ledger, bool):
             return LedgerSettings() if self.ledger else None
         return self.ledger
+
+    def cache_settings(self) -> CacheSettings | None:
+        """Return how answers are kept, None for `cache: off`."""
+        if isinstance(self.cache, bool):
+            return CacheSettings() if self.cache else None
+        return self.cache
 
     def endpoint_names(self) -> dict[str, tuple[str, ...]]:
         """Return the names of the endpoints of each model: see ModelSettings.endpoint_names."""
@@ -482,7 +470,8 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
         },
         routing=_convert(data.get("routing") or {}, RoutingSettings, ("routing",), source),
         rules=_convert(data.get("rules") or (), tuple[Rule, ...], ("rules",), source),
-        ledger=_ledger(data.get("ledger"), source),
+        ledger=_unless_off(data.get("ledger"), LedgerSettings, ("ledger",), source),
+        cache=_unless_off(data.get("cache"), CacheSettings, ("cache",), source),
         fallbacks={
             name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
             for name, chain in _section(data, "fallbacks", source)
@@ -500,14 +489,16 @@ def _alias(value: Any, path: tuple[str | int, ...], source: _Source) -> str | Al
     )
 
 
-def _ledger(value: Any, source: _Source) -> LedgerSettings | bool:
+def _unless_off(value: Any, kind: type[Section], path: tuple[str | int, ...], source: _Source) -> Section | bool:
+    """Return a section that may be on or off instead; on where it is left out."""
     if isinstance(value, bool):
         return value
     if value in ("off", "on"):  # as JSON and the environment say it
         return bool(value == "on")
     if value is not None and not isinstance(value, dict):
-        raise source.error(("ledger",), "expected off, or a mapping with url and journal_bytes")
-    return _convert(value or {}, LedgerSettings, ("ledger",), source)
+        keys = ", ".join(kind.__struct_fields__)
+        raise source.error(path, f"expected on, off, or a mapping of {keys}")
+    return _convert(value or {}, kind, path, source)
 
 
 def _section(data: dict[str, Any], name: str, source: _Source) -> Iterator[tuple[str, Any]]:
@@ -583,6 +574,46 @@ def _check(config: Config, source: _Source) -> None:
     _check_ensembles(config, source)
     if (ledger := config.ledger_settings()) and ledger.url:
         _check_ledger_url(ledger.url.reveal(), source)
+    if cache := config.cache_settings():
+        _check_cache(cache, config, source)
+
+
+def _check_cache(cache: CacheSettings, config: Config, source: _Source) -> None:
+    for name in cache.models:
+        _check_known(name, config.names().all(), ("cache", "models", name), source)
+        _check_semantic(name, cache, config, source)
+    if cache.store == "memory" and cache.url:
+        raise source.error(("cache", "url"), "the store memory has no address; this is for redis")
+    if cache.store == "redis" and not cache.url:
+        raise source.error(("cache", "store"), "redis needs an address: url: redis://HOST:6379/0")
+    if cache.url:
+        _check_redis_url(cache.url.reveal(), source)
+
+
+def _check_semantic(name: str, cache: CacheSettings, config: Config, source: _Source) -> None:
+    semantic, path = cache.models[name].semantic, ("cache", "models", name, "semantic")
+    if semantic is None:
+        return
+    names = config.names()
+    if isinstance(semantic.embeddings, Embeddings):
+        _check_url(semantic.embeddings.url, (*path, "embeddings", "url"), source)
+    elif names.model(semantic.embeddings) not in config.models:
+        raise source.error((*path, "embeddings"), no_such("model", semantic.embeddings, config.models))
+    if semantic.vectors == "redis" and cache.store != "redis":
+        raise source.error((*path, "vectors"), "they are kept in the cache's Redis, so cache.store must be redis")
+
+
+def _check_redis_url(url: str, source: _Source) -> None:
+    try:
+        parts = urlsplit(url)
+        known = (parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0) or (
+            parts.scheme == "unix" and parts.path.startswith("/")
+        )
+    except ValueError:
+        known = False
+    if not known:  # the address is not shown: it may have a password
+        expected = "redis://[USER:PASSWORD@]HOST[:PORT][/NUMBER], rediss://... or unix:///PATH"
+        raise source.error(("cache", "url"), f"expected {expected}")
 
 
 def _check_ensembles(config: Config, source: _Source) -> None:
@@ -782,7 +813,10 @@ _SECRET_NAME = re.compile(r"(?i)(?:^|[-_])(api[-_]?keys?|token|secrets?|password
 def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
     """Return (value, what to print for it): all that came by ${NAME}, and what is secret by its place."""
     found = {key.reveal(): MASK for key in (*config.server.api_keys, *config.server.admin_keys)}
-    found.update(dict.fromkeys(_of_ledger(config.ledger_settings()), MASK))
+    for settings in (config.ledger_settings(), config.cache_settings()):
+        if settings and settings.url:
+            found.update(dict.fromkeys(_of_address(settings.url.reveal()), MASK))
+    found.update(dict.fromkeys(_of_embeddings(config.cache_settings()), MASK))
     for model in config.models.values():
         found.update({e.api_key.reveal(): MASK for e in model.endpoints if e.api_key})
         places = [model.engine.env, model.engine.args] if model.engine else [e.options for e in model.endpoints]
@@ -792,12 +826,17 @@ def _secrets(config: Config, source: _Source) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(((v, n) for v, n in found.items() if v), key=lambda pair: -len(pair[0])))
 
 
-def _of_ledger(ledger: LedgerSettings | None) -> Iterator[str]:
-    """Yield the address of the ledger's database and its password, as it is there and as it is meant."""
-    if ledger and ledger.url:
-        yield ledger.url.reveal()
-        password = urlsplit(ledger.url.reveal()).password or ""
-        yield from (password, unquote(password))
+def _of_address(url: str) -> Iterator[str]:
+    """Yield the address of a database and its password, as it is there and as it is meant."""
+    yield url
+    password = urlsplit(url).password or ""
+    yield from (password, unquote(password))
+
+
+def _of_embeddings(cache: CacheSettings | None) -> Iterator[str]:
+    for semantic in cache.semantics().values() if cache else ():
+        if isinstance(semantic.embeddings, Embeddings) and semantic.embeddings.api_key:
+            yield semantic.embeddings.api_key.reveal()
 
 
 def _named_as_secret(value: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ PolyvoxError
 │   ├── UnknownPath            404
 │   ├── PathNotServed          404, by this model's provider
 │   ├── NoLedger               404, this server keeps none
+│   ├── NoCache                404, nor answers
 │   ├── MethodNotAllowed       405
 │   ├── RequestTimeout         408
 │   ├── Conflict               409, the server cannot do so as it is
@@ -28,6 +29,7 @@ PolyvoxError
 │   ├── NotReady               503, come back in a moment
 │   ├── EngineStopped          503, somebody has to do something
 │   ├── LedgerUnavailable      503, its database does not answer
+│   ├── StoreUnavailable       503, the cache's store does not answer
 │   ├── Unavailable            503, nothing that could answer is asked now
 │   ├── QuorumNotMet           503, 504, or as all members said
 │   ├── DeadlinePassed         504, as the client wished
@@ -281,6 +283,17 @@ class NoLedger(RequestError):
         super().__init__("This server keeps no ledger of its requests (`ledger: off`).")
 
 
+class NoCache(RequestError):
+    """The server keeps no answers."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "no_cache"
+
+    def __init__(self) -> None:
+        super().__init__("This server keeps no answers (`cache: off`).")
+
+
 class LedgerUnavailable(RequestError):
     """The database of the ledger does not answer."""
 
@@ -291,6 +304,18 @@ class LedgerUnavailable(RequestError):
 
     def __init__(self) -> None:
         super().__init__("The database of the ledger does not answer; requests are noted, try again soon.")
+
+
+class StoreUnavailable(RequestError):
+    """The store of the cache does not answer whoever looks after it; requests go on without."""
+
+    status = 503
+    type = "server_error"
+    code = "cache_unavailable"
+    retry_after = 5
+
+    def __init__(self) -> None:
+        super().__init__("The store of the cache does not answer; requests go on without it, try again soon.")
 
 
 class NotReady(RequestError):

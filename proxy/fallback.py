@@ -49,22 +49,24 @@ class Walk:
 
     __slots__ = (
         "_asked", "_at", "_blamed", "_breaks", "_chosen", "_clamped", "_deadline", "_endpoint", "_exchange", "_first",
-        "_of", "_route", "_ways",
+        "_of", "_route", "_ways", "_whole",
     )  # fmt: skip
 
     def __init__(
         self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange,
-        deadline: Deadline | None = None, *, chosen: bool = False,
+        deadline: Deadline | None = None, *, chosen: bool = False, whole: bool = False,
     ) -> None:  # fmt: skip
         """chain: names of models. deadline: of which an endpoint is told, if it wants to be.
 
-        chosen: the model is none that the client asked for, so that what it cannot be asked another may.
+        chosen: the model is none that the client asked for, so that what it cannot be asked another may. whole: streams
+        keep their usage, whether the client asked for it or not.
         """
         self._ways = ways
         self._deadline = deadline
         self._chosen = chosen
         self._asked = asked
         self._exchange = exchange
+        self._whole = whole
         # All mutable state: where it has been; of the last attempt, the model that it was for, the endpoint as it was
         # then (None: it got none), how that stands, and what was asked for that it cannot do.
         self._route = Route(ways, asked.envelope.fields, model, chain)
@@ -150,7 +152,7 @@ class Walk:
         exchange.answered(answer)
         if answer.status >= 300:
             failures.check(answer, endpoint)
-        return provider.answer(answer, asked, endpoint), endpoint, sent.hide_usage
+        return provider.answer(answer, asked, endpoint), endpoint, sent.hide_usage and not self._whole
 
     def _adapted(self, asked: Asked, adapter: Adapter) -> Asked:
         adapted = prompts.adapt(asked.path, asked.body, adapter)
@@ -243,7 +245,7 @@ class Walk:
     # A stream that breaks
 
     async def mend(self, reply: Reply, error: UpstreamError) -> tuple[bytes, bool]:
-        """See Reply.mend.
+        """See Reply.mend. Raises UpstreamError where streams are kept whole, as their end is then not ours to write.
 
         1. A body that is no stream is cut, so that nobody takes it for whole.
         2. All of the answer has been sent: its end is ours to write.
@@ -262,6 +264,8 @@ class Walk:
         if continuation and said.elsewhere and await self._resume(reply, continuation, said):  # 3
             return rest, True
         self._exchange.fail(error)  # 4
+        if self._whole:
+            raise error
         return rest + sse.error_event(upstream_failure(error).envelope()), False
 
     async def _resume(self, reply: Reply, continuation: Continuation, broken: Verdict) -> bool:

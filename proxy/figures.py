@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from proxy import cost
+from proxy.cache.bulletin import Report
+from proxy.cache.likeness import Tally, buckets
 from proxy.telemetry import ERROR_TYPES, AttemptFailed, BreakerChanged, RequestFinished
 
 if TYPE_CHECKING:
@@ -137,6 +139,38 @@ def families(
         for key, at in rows.items():
             family.add_metric(key, _sum(parts, at + where))
         yield family
+
+
+def stored(told: Report) -> Iterator["Metric"]:
+    """Yield what Prometheus is shown of the stores of all workers."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    yield GaugeMetricFamily("polyvox_cache_entries", "Answers that are kept", value=told.entries)
+    yield GaugeMetricFamily("polyvox_cache_bytes", "Memory that kept answers take", value=told.bytes)
+    yield CounterMetricFamily("polyvox_cache_stores", "Answers that were kept", value=told.stored)
+    yield CounterMetricFamily("polyvox_cache_evictions", "Answers that made room for others", value=told.evicted)
+
+
+def compared(tallies: Mapping[str, Tally]) -> Iterator["Metric"]:
+    """Yield what Prometheus is shown of questions that are compared by their meaning, by alias."""
+    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+    reports = {name: tally.report() for name, tally in tallies.items()}
+    for name, text, field in (
+        ("questions", "Requests that were compared with earlier ones by their meaning", "questions"),
+        ("unanswered", "Questions for which no vector came in time", "unanswered"),
+        ("hits", "Questions that had an earlier one near enough", "hits"),
+    ):
+        family = CounterMetricFamily(f"polyvox_semantic_{name}", text, labels=["model_name"])
+        for alias, report in reports.items():
+            family.add_metric([alias], getattr(report, field))
+        yield family
+    nearest = HistogramMetricFamily(
+        "polyvox_semantic_similarity", "Cosine of questions to the nearest earlier one", labels=["model_name"]
+    )
+    for alias, report in reports.items():
+        nearest.add_metric([alias], buckets(report), sum_value=None)
+    yield nearest
 
 
 def _has_counted(parts: Sequence["memoryview[float]"], at: int) -> bool:

@@ -16,6 +16,8 @@ from engines.paths import StatePaths
 from engines.spec import EngineSpec
 from proxy import config, providers
 from proxy.administration import services
+from proxy.cache import needs
+from proxy.cache.supervision import Supervision
 from proxy.config import Config, Loaded, Server
 from proxy.console import Console
 from proxy.errors import ServeError
@@ -33,6 +35,7 @@ def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
     text = config.read(file)
     loaded = config.parse(text, file, environ)
     providers.check(loaded)
+    needs.check(loaded)
     listening = _bind(loaded.config.server)
     try:
         paths.create()
@@ -57,9 +60,12 @@ async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: s
         reloader = Reloader(start, Parts(workers, supervisor, launcher), console)
         address = address_of(listening)
         reports = {"endpoints": workers.endpoints, "address": lambda: msgspec.json.encode(address)}
+        caches = Supervision(lambda: reloader.loaded.config, workers.bulletin)
+        reports["cache"] = caches.report
+        offered = {**services(reloader), "purge-cache": caches.purge}
         async with (
             _engines(supervisor, launcher, loaded),
-            _background(serve_control(supervisor, paths.control_socket, reports, services(reloader)), stop),
+            _background(serve_control(supervisor, paths.control_socket, reports, offered), stop),
         ):
             following = console.follow(supervisor.watch(), address, loaded.config)
             async with _background(following, stop), _background(reloader.watch(reload), stop):

@@ -15,10 +15,14 @@ import msgspec
 
 from proxy import figures
 from proxy.accounting import FINISH_REASONS, Usage
+from proxy.cache import likeness
+from proxy.cache.bulletin import Report
+from proxy.cache.likeness import Tally
 from proxy.config import Config
 from proxy.cost import work
 from proxy.shared import Shared, Slot, Slots, slots_of
 from proxy.telemetry import (
+    CACHE_RESULTS,
     ERROR_TYPES,
     OPERATIONS,
     OTHER,
@@ -81,9 +85,11 @@ _IN, _OUT, _CACHED = _TOKENS = (
     Counter("polyvox_prompt_tokens_cached", "Tokens of prompts found in a cache of the engine", len(_OUTCOMES) + 2),
 )
 _COST = Counter("polyvox_cost_usd", "What requests cost whose cost is known", len(_OUTCOMES) + len(_TOKENS))
+_SAVED = Counter("polyvox_cache_saved_usd", "What the answers of the cache would have cost", _COST.at + 1)
+_RESULTS = {result: _SAVED.at + 1 + i for i, result in enumerate(CACHE_RESULTS)}
 _TTFT, _TPOT, _E2E, _OVERHEAD = _HISTOGRAMS = tuple(
     _histograms(
-        _COST.at + 1,
+        _SAVED.at + 1 + len(_RESULTS),
         ("polyvox_time_to_first_token_seconds", "Of streams, from the request being here", _FIRST),
         ("polyvox_request_time_per_output_token_seconds", "Of streams, for each token after the first", _EACH),
         ("polyvox_e2e_request_latency_seconds", "From the request being here to the end of the answer", _ALL),
@@ -97,10 +103,12 @@ _WIDTH = _OVERHEAD.sum_at + 1
 _GENERATION, _RELOADED, _REFUSED, _COMMON = range(4)
 
 _KINDS = (*dict.fromkeys(OPERATIONS.values()), OTHER)
-# What a model, or an endpoint, has room for: a gauge, a row of figures, and a series for each kind of request.
+# What a model, or an endpoint, has room for: a gauge, a row of figures, a series for each kind of request; and what was
+# counted of questions that are compared by their meaning.
 _ROW = 1
 _SERIES = _ROW + figures.WIDTH
-_ROOM = _SERIES + len(_KINDS) * _WIDTH
+_TALLY = _SERIES + len(_KINDS) * _WIDTH
+_ROOM = _TALLY + likeness.WIDTH
 
 
 class Layout:
@@ -141,9 +149,12 @@ class Metrics:
         self._memory = Shared(memory)
         self._worker, self._workers = worker, config.server.workers
         self._clock = clock
+        # Who knows what the stores of the cache hold, where there is one.
+        self.stores: Callable[[], Report] | None = None
         # All mutable state: where everything is, which models are current and which hosted, and the doubles of all
-        # workers, of which this one writes its own only.
+        # workers, of which this one writes its own only; of aliases whose questions are compared, what was counted.
         self._hosted: frozenset[str] = frozenset()
+        self.tallies: dict[str, Tally] = {}
         self.follow(config, slots or slots_of(config))
         # The worker that had this part before may have died in the middle.
         for gauge in (*self._layout.gauges.values(), *self._layout.queues.values()):
@@ -164,6 +175,9 @@ class Metrics:
         for key, row in self._layout.rows.items():
             if key[0] in self._hosted - before:  # what is under way there counts from now on
                 figures.mark(self._own, row, self._clock())
+        cache = config.cache_settings()
+        places = {name: self._layout.queues[name] + _TALLY for name in (cache.semantics() if cache else ())}
+        self.tallies = {name: Tally(self._parts, self._worker, at) for name, at in places.items()}
 
     def started(self, event: RequestStarted) -> None:
         key = (event.model, event.endpoint)
@@ -205,6 +219,9 @@ class Metrics:
         own[at + _CACHED.at] += event.tokens_cached
         if event.usd:
             own[at + _COST.at] += event.usd
+        if event.cache:
+            own[at + _RESULTS[event.cache]] += 1
+            own[at + _SAVED.at] += event.saved or 0.0
         self._observe(at, _E2E, event.seconds)
         if event.to_first_token is not None:
             self._observe(at, _TTFT, event.to_first_token)
@@ -250,6 +267,10 @@ class Metrics:
         yield _waiting({model: value for model, value in queues.items() if value or (model, "") in self._shown})
         yield from _families(rows, {key: value for key, value in gauges.items() if value or key in self._shown})
         yield from figures.families(parts, self._layout.rows, self._shown)
+        if self.tallies:
+            yield from figures.compared(self.tallies)
+        if self.stores is not None:
+            yield from figures.stored(self.stores())
 
 
 def conditions(slots: Slots, workers: int, memory: int) -> list[figures.Condition]:
@@ -336,7 +357,9 @@ def _families(rows: _Rows, gauges: dict[tuple[str, str], float]) -> Iterator["Me
                       "finished_reason", FINISH_REASONS, 0)  # fmt: skip
     yield _by_outcome(rows, "polyvox_request_errors", "Requests that failed, by why",
                       "error_type", ERROR_TYPES, len(FINISH_REASONS))  # fmt: skip
-    for counter in (*_TOKENS, _COST):
+    yield _by_outcome(rows, "polyvox_cache_requests", "Requests by what the cache did for them", "result",
+                      CACHE_RESULTS, _RESULTS[CACHE_RESULTS[0]])  # fmt: skip
+    for counter in (*_TOKENS, _COST, _SAVED):
         yield _counter(rows, counter)
     for histogram in _HISTOGRAMS:
         yield _histogram(rows, histogram)

@@ -63,8 +63,8 @@ def _info_at(kind: Any, steps: Path) -> inspect.Type:
     info = inspect.type_info(kind)
     for step in (*steps, None):
         if isinstance(info, inspect.UnionType):
-            words = (t for t in info.types if isinstance(t, inspect.LiteralType))
-            info = next(words, None) or next(t for t in info.types if not isinstance(t, inspect.NoneType))
+            telling = (t for t in info.types if isinstance(t, inspect.LiteralType | inspect.StructType))
+            info = next(telling, None) or next(t for t in info.types if not isinstance(t, inspect.NoneType))
         if isinstance(step, str) and isinstance(info, inspect.StructType):
             info = next(f.type for f in info.fields if f.name == step)
         elif isinstance(step, int) and isinstance(info, inspect.VarTupleType | inspect.ListType):

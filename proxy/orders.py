@@ -38,8 +38,9 @@ class Orders(_Frame, frozen=True):
     """config: as `config.encode` gives it, secrets included, which is why it goes by a socket.
 
     generation: of the configuration; grows with each. given: see shared.Slots. worker: its number, from 0. metrics_fd:
-    the memory that all workers count in. board_fd: that in which they see each other's load. ledger: the folder of the
-    ledger, for a server that keeps one. capabilities: the folder of findings.
+    the memory that all workers count in. board_fd: that in which they see each other's load. cache_fd: that in
+    which they tell each other of their caches. ledger: the folder of the ledger, for a server that keeps one.
+    capabilities: the folder of findings.
     """
 
     config: bytes
@@ -49,6 +50,7 @@ class Orders(_Frame, frozen=True):
     listen_fd: int
     metrics_fd: int
     board_fd: int
+    cache_fd: int
     worker: int
     ledger: str
     capabilities: str

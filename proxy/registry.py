@@ -4,7 +4,8 @@ A name stands for a Model, for a Preset of what else a name may stand for, or fo
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,7 +81,8 @@ def _below(base: str, ours: str) -> str:
 class Model(msgspec.Struct, frozen=True):
     """A model and its endpoints, with the state of the best of them.
 
-    context_length: None where nobody says it. capabilities: what all endpoints can do. probes: its engines are asked
+    context_length: None where nobody says it. capabilities: what all endpoints can do. revision: of what gives its
+    answers; another one when the configuration names other weights, or other servers. probes: its engines are asked
     what they can do when they are first ready.
     """
 
@@ -95,6 +97,7 @@ class Model(msgspec.Struct, frozen=True):
     retries: RetrySettings = RetrySettings()
     traits: Traits = Traits()
     capabilities: Capabilities = Capabilities()
+    revision: str = ""
     probes: bool = False
 
     def ready(self) -> tuple[Endpoint, ...]:
@@ -279,6 +282,7 @@ def _local(
         retries=model.retries,
         traits=model.traits(),
         capabilities=found,
+        revision=_revision(model),
         probes=model.probe and model.engine.simulator is None,
     )
 
@@ -306,7 +310,18 @@ def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
         retries=model.retries,
         traits=model.traits(),
         capabilities=capabilities,
+        revision=_revision(model),
     )
+
+
+def _revision(model: ModelSettings) -> str:
+    """Return what differs where a model may give other answers, however many there are who give them."""
+    engine = model.engine
+    if engine:
+        parts: Sequence[object] = [engine.weights, engine.quantization, engine.dtype, engine.max_model_len, engine.args]
+    else:
+        parts = sorted({(e.provider, e.base_url, e.model or "") for e in model.endpoints})
+    return hashlib.sha256(msgspec.json.encode([parts, model.adapter], order="sorted")).hexdigest()[:16]
 
 
 def _endpoint(model: str, index: int, settings: EndpointSettings, of: ModelSettings, findings: Findings) -> Endpoint:

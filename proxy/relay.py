@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from time import monotonic
+from typing import Protocol
 
 from proxy.accounting import Account, Usage
 from proxy.balancer import Lease
@@ -12,6 +13,14 @@ from proxy.transport import Answer
 
 _CLOSED = State.CLOSED
 _SUCCESS, _NEUTRAL = Outcome.SUCCESS, Outcome.NEUTRAL
+
+
+class Shared(Protocol):
+    """A generation that several requests wait for."""
+
+    def leave(self, member: object) -> bool:
+        """One of them does not wait any more. Say whether it goes on, for others."""
+        ...
 
 
 class Exchange:
@@ -27,9 +36,9 @@ class Exchange:
 
     __slots__ = (
         "_account", "_answer", "_begun", "_breaker", "_broken", "_charged", "_clock", "_closed", "_error", "_first",
-        "_lease", "_mark", "_overhead", "_prices", "_sink", "_status", "_streamed", "_subrequests", "_ticket",
-        "_under_way", "_usd", "_whole", "alias", "attempts", "endpoint", "key_id", "level", "model", "on_prompt",
-        "operation", "request_id", "resumed", "shows_cost",
+        "_lease", "_mark", "_overhead", "_prices", "_shared", "_sink", "_status", "_streamed", "_subrequests",
+        "_ticket", "_under_way", "_usd", "_whole", "alias", "attempts", "cache", "endpoint", "key_id", "level", "model",
+        "on_prompt", "operation", "request_id", "resumed", "shows_cost", "source",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +66,9 @@ class Exchange:
         self.level = 0
         self.attempts = 0
         self.resumed = 0  # times that the answer went on elsewhere
+        # What the cache did for it, and which endpoint had given the answer that it got from there:
+        self.cache = ""
+        self.source = ""
         # When it came, when its first token did, the seconds that we took, and the start of the next of them:
         self._begun = self._mark = clock()
         self._first: float | None = None
@@ -77,11 +89,23 @@ class Exchange:
         self._ticket = 0
         self._answer: Answer | None = None
         self._account: Account | None = None
+        # What it waits for together with others, and whether that needs it until it ends.
+        self._shared: tuple[Shared, bool] | None = None
         # Requests that are made for this one:
         self._subrequests: tuple[Exchange, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Exchange {self.operation} {self.model} {self.endpoint or 'nowhere'} {self._account!r}>"
+
+    def shares(self, shared: Shared, *, leads: bool) -> None:
+        """It waits for a generation together with others. leads: by this exchange, which ends only with that."""
+        self._shared = shared, leads
+
+    def parts(self) -> None:
+        """It waits together with others no longer."""
+        if self._shared is not None:
+            (shared, _), self._shared = self._shared, None
+            shared.leave(self)
 
     def subrequest(self) -> "Exchange":
         """Return the exchange of a request that is made for this one, and ends with it at the latest.
@@ -184,6 +208,8 @@ class Exchange:
         return None if None in known else sum(usd or 0.0 for usd in known)
 
     def _charge(self, usage: Usage | None) -> float | None:
+        if usage is not None and self.source:
+            return 0.0
         if usage is not None:
             return self.cost(usage)
         # Nobody has done anything for it, or asks anything for it; or else nobody knows.
@@ -210,9 +236,16 @@ class Exchange:
         self._whole = True
 
     async def close(self) -> None:
-        """End the exchange, also in the middle, give back what it holds, tell of it. Only the first call counts."""
+        """End the exchange, also in the middle, give back what it holds, tell of it. Only the first call counts.
+
+        One that leads a generation which others wait for ends with that, which calls this once more.
+        """
         if self._closed:
             return
+        if self._shared is not None:
+            (shared, leads), self._shared = self._shared, None
+            if shared.leave(self) and leads:
+                return
         self._closed = True
         finished = self._finished()
         well = self._whole and self._status < 400 and self._error is None
@@ -264,7 +297,15 @@ class Exchange:
             self.alias,
             self.key_id,
             self.request_id,
+            self.cache,
+            self._saved(usage) if self.source else None,
         )
+
+    def _saved(self, usage: Usage | None) -> float | None:
+        """Return what the request would have cost where the answer came from that the cache gave."""
+        if usage is None or self._prices is None:
+            return None
+        return self._prices.cost(self.model, self.source, usage)
 
     def _failure(self) -> str | None:
         if self._error is None and self._status >= 400:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from proxy import sse, wire
-from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount
+from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount, Tally
 from proxy.continuation import Continuation
 from proxy.errors import ErrorEvent, FirstTokenTimeout, MalformedAnswer, RequestError, TruncatedAnswer, UpstreamError
 from proxy.relay import Exchange
@@ -21,7 +21,7 @@ _SERVERS_OWN = frozenset(
     (b"date", b"server", b"via", b"x-powered-by", b"set-cookie", b"location", b"alt-svc", b"x-request-id",
      b"strict-transport-security", b"www-authenticate", b"openai-organization", b"openai-project",
      b"anthropic-organization-id", b"x-polyvox-model", b"x-polyvox-endpoint", b"x-polyvox-fallback-level",
-     b"x-polyvox-attempts", b"x-polyvox-cost")
+     b"x-polyvox-attempts", b"x-polyvox-cost", b"x-polyvox-cache", b"x-polyvox-cache-key")
 )  # fmt: skip
 _RENAMED_LIMIT = 256 * 1024 * 1024  # bytes of a document that must be held whole to be changed
 _HELD_LIMIT = 1024 * 1024  # bytes of one that is held whole so that another endpoint can still answer; of any error
@@ -44,18 +44,27 @@ class Reply:
     """
 
     __slots__ = (
-        "_account", "_awaits_token", "_exchange", "_splice", "body", "change", "continuation", "document", "has_moved",
-        "headers", "is_event_stream", "mending", "opening", "status",
+        "_account", "_accounts", "_awaits_token", "_exchange", "_splice", "body", "change", "continuation", "document",
+        "has_moved", "headers", "is_event_stream", "mending", "opening", "status",
     )  # fmt: skip
 
     def __init__(
-        self, exchange: Exchange, status: int, headers: Headers, account: Account, body: AsyncIterator[bytes] | None
+        self,
+        exchange: Exchange,
+        status: int,
+        headers: Headers,
+        account: Account,
+        body: AsyncIterator[bytes] | None,
+        *,
+        accounts: bool = True,
     ) -> None:
+        """accounts: what the account reads is that of the exchange, which has no other."""
         self.status = status
         self.headers = headers
         self.is_event_stream = isinstance(account, StreamAccount)
         self._exchange = exchange
         self._account = account
+        self._accounts = accounts
         # What it is made of, said once: how its bytes are changed, who knows how it goes on, and what that needs.
         self.change: Callable[[bytes], bytes] | None = None
         self.mending: Mend | None = None
@@ -68,10 +77,16 @@ class Reply:
         self._splice: Splice | None = None
         self._awaits_token = True
         self.has_moved = False
-        exchange.passes(account, streamed=self.is_event_stream)
+        if accounts:
+            exchange.passes(account, streamed=self.is_event_stream)
 
     def __repr__(self) -> str:
         return f"<Reply {self.status} {self._exchange!r}>"
+
+    @property
+    def tally(self) -> Tally:
+        """What has been read of it."""
+        return self._account.tally
 
     def read(self, data: bytes) -> bytes:
         """Take the next bytes of the body; return what is to be sent now, perhaps nothing."""
@@ -81,7 +96,8 @@ class Reply:
         if self._awaits_token and self._account.begun:
             self._awaits_token = False
             self.has_moved = True
-            self._exchange.token()
+            if self._accounts:
+                self._exchange.token()
         if data and (self.change is not None or self.continuation is not None):
             return self._passed(data)
         return data

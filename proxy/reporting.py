@@ -17,7 +17,10 @@ from proxy.ledger.books import Books, Place
 from proxy.ledger.usage import Line, Query, Report
 from proxy.prices import Prices
 
-_COLUMNS = ("REQUESTS", "OK", "AVERAGE", "IN", "CACHED", "OUT", "USD", "UNPRICED", "ON DEAREST", "SAVING")
+_COLUMNS = (
+    "REQUESTS", "OK", "AVERAGE", "IN", "CACHED", "OUT", "USD", "UNPRICED", "ON DEAREST", "SAVING", "FROM CACHE",
+    "SAVED BY IT",
+)  # fmt: skip
 
 
 def main(file: Path, environ: Mapping[str, str], paths: StatePaths, asked: dict[str, str], *, as_json: bool) -> None:
@@ -72,6 +75,8 @@ def _cells(line: Line) -> tuple[object, ...]:
         line.unpriced,
         _dollars(line.usd_on_dearest),
         _dollars(line.saving),
+        line.from_cache,
+        _dollars(line.usd_saved_by_cache),
     )
 
 

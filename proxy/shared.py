@@ -64,10 +64,13 @@ class Slots(msgspec.Struct, frozen=True):
 
 
 def slots_of(config: Config, given: Sequence[Slot] = ()) -> Slots:
-    """Return the slots of a configuration's models, and of its ensembles, which have no endpoints.
+    """Return the slots of a configuration's models; of its ensembles, and of aliases whose questions are compared by
+    their meaning, which have no endpoints.
 
     given: those that had room before.
     """
     names = config.endpoint_names()
     learning = [name for name in names if len(names[name]) > 1 and config.models[name].balance == "predicted_ttft"]
-    return Slots.of(names | dict.fromkeys(config.ensembles, ()), learning, given)
+    cache = config.cache_settings()
+    compared = [name for name in (cache.semantics() if cache else ()) if name not in names]
+    return Slots.of(names | dict.fromkeys((*config.ensembles, *compared), ()), learning, given)

@@ -11,6 +11,7 @@ import msgspec
 
 from proxy.errors import RequestError, UpstreamError
 
+CACHE_RESULTS = ("hit", "miss", "bypass", "joined")
 UNKNOWN = "unknown"  # the model of a request that named none of ours
 
 # What a request asks for, by its path. The first names are those of OpenTelemetry's gen_ai.operation.name.
@@ -84,7 +85,9 @@ class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     was nothing to time. per_token: for each token after the first. overhead: what we took ourselves. under_way: it was
     at the endpoint until now. level: how many models of the chain were passed over. resumed: how often a stream went on
     elsewhere. usd: what it cost, None if that is not known. attempts: how often it was sent. alias: the name that it
-    asked for, one of ours as well. key_id: see auth.Caller. No label is made of request_id, which a client may choose.
+    asked for, one of ours as well. key_id: see auth.Caller. cache: what the cache did, one of CACHE_RESULTS, "" without
+    one; saved: what the answer would have cost without it, in USD. No label is made of request_id, which a client may
+    choose.
     """
 
     model: str
@@ -108,6 +111,8 @@ class RequestFinished(msgspec.Struct, frozen=True, gc=False):
     alias: str = ""
     key_id: str = ""
     request_id: bytes = b""
+    cache: str = ""
+    saved: float | None = None
 
 
 class Sink(Protocol):

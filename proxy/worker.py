@@ -22,6 +22,7 @@ import uvloop
 from proxy import config, inbound
 from proxy.app import Places, Worker
 from proxy.balancer import Board
+from proxy.cache.bulletin import Bulletin
 from proxy.metrics import Metrics
 from proxy.orders import Followed, Orders
 from proxy.shared import slots_of
@@ -53,8 +54,9 @@ def main() -> int:
     slots = slots_of(settings, given.given)
     metrics = Metrics(settings, given.worker, given.metrics_fd, slots=slots)
     board = Board(slots, settings.server.workers, given.worker, given.board_fd)
+    bulletin = Bulletin(settings.server.workers, given.worker, given.cache_fd)
     places = Path(given.control_socket), Path(given.ledger), Path(given.capabilities)
-    made = Worker(settings, Places(*places), metrics, board)
+    made = Worker(settings, Places(*places), metrics, board, bulletin)
     server = _Server(_uvicorn_config(made, settings.server))
     listening = socket.socket(fileno=given.listen_fd)
     uvloop.run(_serve(server, listening, settings.server, _follow(line, made, server)))

@@ -12,6 +12,7 @@ import msgspec
 
 from engines.paths import StatePaths
 from proxy import config
+from proxy.cache.bulletin import Bulletin
 from proxy.config import Config
 from proxy.console import Console
 from proxy.errors import NotFollowed, ServeError
@@ -101,6 +102,8 @@ class Workers:
         # What workers have counted outlives them here.
         self._metrics_fd = shared_memory()
         self._board_fd = shared_memory("board")
+        self._cache_fd = shared_memory("cache")
+        self.bulletin = Bulletin(settings.server.workers, None, self._cache_fd)
         self._control_socket = str(paths.control_socket)
         self._folders = str(paths.ledger), str(paths.capabilities)
         self._count = settings.server.workers
@@ -180,8 +183,8 @@ class Workers:
             self._running.discard(worker)
             await worker.end()
 
-    def _descriptors(self) -> tuple[int, int, int]:
-        return self._fd, self._metrics_fd, self._board_fd
+    def _descriptors(self) -> tuple[int, int, int, int]:
+        return self._fd, self._metrics_fd, self._board_fd, self._cache_fd
 
     def _orders(self, number: int) -> Orders:
         fixed = self._control_socket, *self._descriptors(), number, *self._folders

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import complexity, config
+from proxy.cache.settings import CacheSettings
 from proxy.config import Loaded, Secret
 from proxy.cost import Price
 from proxy.errors import ConfigError
@@ -477,3 +478,34 @@ def test_the_password_of_the_ledger_is_hidden_however_it_is_written(load):
     assert "sentinel" not in repr(loaded.config)
     told = loaded.redact("cannot reach postgresql://user:sentinel%40one@db.example.com/polyvox as user:sentinel@one")
     assert "sentinel" not in told
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("cache: off", None),
+        ("cache: on", CacheSettings()),
+        ("ledger: off", CacheSettings()),
+        ("cache: {ttl: 60, max_bytes: 64 MB}", CacheSettings(ttl=60, max_bytes="64 MB")),
+    ],
+)
+def test_the_cache_is_on_unless_it_is_off(load, section, expected):
+    assert load(section).config.cache_settings() == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("cache: 5", "cache: expected on, off, or a mapping of store, url, ttl"),
+        ("cache: {when: sometimes}", "cache.when: 'sometimes' is none of always, deterministic, never"),
+        ("cache: {max_bytes: 5 bananas}", "cache.max_bytes: "),
+        ("cache: {models: {nothing: {ttl: 5}}}", "cache.models.nothing: "),
+        ("cache: {store: redis}", "cache.store: redis needs an address: url: redis://HOST:6379/0"),
+        ("cache: {url: 'redis://h'}", "cache.url: the store memory has no address; this is for redis"),
+        ("cache: {store: redis, url: 'http://u:secret-word@h'}", "cache.url: expected redis://"),
+    ],
+)
+def test_what_is_wrong_with_the_cache_is_named(refusal, section, message):
+    said = refusal(section)
+    assert message in said
+    assert "secret-word" not in said

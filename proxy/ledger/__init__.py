@@ -15,7 +15,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     alias: the name it was asked under. key_id: of the key that asked, from which nobody learns the key; "" for none.
     usd: None where the price or the tokens are not known. error: why it failed, None if it did not. attempts: how often
-    it was sent to an endpoint.
+    it was sent to an endpoint. cache: what the cache did, see telemetry.CACHE_RESULTS. saved: what its answer would
+    have cost without it, in USD.
     """
 
     id: str
@@ -36,6 +37,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: str | None
     finish_reason: str
     attempts: int
+    cache: str = ""
+    saved: float | None = None
 
 
 def row(name: str, ended: float, day: str, event: RequestFinished) -> Row:
@@ -43,5 +46,5 @@ def row(name: str, ended: float, day: str, event: RequestFinished) -> Row:
     return Row(
         name, ended, day, event.request_id.decode("latin-1"), event.alias, event.model, event.endpoint, event.key_id,
         event.operation, event.tokens_in, event.tokens_out, event.tokens_cached, event.usd, event.seconds,
-        event.status, event.error, event.finish_reason, event.attempts,
+        event.status, event.error, event.finish_reason, event.attempts, event.cache, event.saved,
     )  # fmt: skip

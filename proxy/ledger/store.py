@@ -35,6 +35,8 @@ _TABLE = sa.Table(
     sa.Column("error", sa.String(64)),
     sa.Column("finish_reason", sa.String(32), nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("cache", sa.String(16), nullable=False, server_default=""),
+    sa.Column("saved", sa.Double),
     sa.Index("polyvox_requests_by_key", "key_id", "time"),
 )
 
@@ -72,10 +74,10 @@ class Store:
         await self._engine.dispose()
 
     async def _make(self) -> None:
-        """Make the table where there is none. Two who do so at once: one fails, and comes again."""
+        """Make the table where there is none, and what it lacks. Two who do so at once: one fails, and comes again."""
         if not self._made:
             async with self._engine.begin() as connection:
-                await connection.run_sync(_metadata.create_all)
+                await connection.run_sync(_prepare_table)
             self._made = True
 
     def _insert(self) -> Any:
@@ -95,6 +97,16 @@ def _engine(url: sa.URL, patience: float) -> AsyncEngine:
         timeouts["ssl"] = mode
     url = url.difference_update_query(["sslmode"])
     return create_async_engine(url, connect_args=timeouts, pool_pre_ping=True, pool_size=1, pool_timeout=patience)
+
+
+def _prepare_table(connection: sa.Connection) -> None:
+    """Make the table, or add the columns that one of an earlier version has not."""
+    _metadata.create_all(connection)
+    there = {column["name"] for column in sa.inspect(connection).get_columns(_TABLE.name)}
+    for column in _TABLE.columns:
+        if column.name not in there:
+            described = sa.schema.CreateColumn(column).compile(connection)
+            connection.execute(sa.text(f"ALTER TABLE {_TABLE.name} ADD COLUMN {described}"))
 
 
 def _prepare(connection: Any, _: object) -> None:
@@ -119,6 +131,8 @@ def _select(query: Query) -> sa.Select[Any]:
         sa.func.sum(t.seconds),
         sa.func.sum(sa.case((t.error.is_(None), 1), else_=0)),
         *(sa.func.sum(sa.case((priced, column), else_=0)) for column in (t.tokens_in, t.tokens_out, t.tokens_cached)),
+        sa.func.sum(sa.case((t.cache.in_(("hit", "joined")), 1), else_=0)),
+        sa.func.sum(t.saved),
     )
     select = sa.select(*columns).group_by(group).order_by(group)
     if query.since is not None:

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import re
+from collections.abc import Iterable
 
 import msgspec
 
@@ -28,7 +29,8 @@ class Sums(msgspec.Struct, frozen=True):
     """What the rows of one group add up to.
 
     usd: of those whose cost is known, None for none. unpriced: how many have no known cost. good: without an error.
-    priced_in, priced_out, priced_cached: the tokens of those whose cost is known.
+    priced_in, priced_out, priced_cached: the tokens of those whose cost is known. from_cache: how many were answered
+    from the cache of answers; saved: what these would have cost, None where that is not known of any.
     """
 
     group: str
@@ -43,13 +45,16 @@ class Sums(msgspec.Struct, frozen=True):
     priced_in: int
     priced_out: int
     priced_cached: int
+    from_cache: int = 0
+    saved: float | None = None
 
 
 class Line(msgspec.Struct, frozen=True):
     """A group in a report.
 
     usd: None where no cost is known; of `unpriced` requests it is not. usd_on_dearest: what the requests whose cost is
-    known would have cost on the most expensive model whose price is; saving: how much more that is.
+    known would have cost on the most expensive model whose price is; saving: how much more that is. from_cache: how
+    many were answered from the cache of answers; usd_saved_by_cache: what these would have cost.
     """
 
     group: str
@@ -63,6 +68,8 @@ class Line(msgspec.Struct, frozen=True):
     success_rate: float
     usd_on_dearest: float | None
     saving: float | None
+    from_cache: int = 0
+    usd_saved_by_cache: float | None = None
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -128,17 +135,25 @@ def _line(sums: Sums, prices: list[Price]) -> Line:
         success_rate=sums.good / sums.requests if sums.requests else 1.0,
         usd_on_dearest=worst,
         saving=None if worst is None or sums.usd is None else worst - sums.usd,
+        from_cache=sums.from_cache,
+        usd_saved_by_cache=sums.saved,
     )
 
 
 def _together(groups: list[Sums]) -> Sums:
-    known = [sums.usd for sums in groups if sums.usd is not None]
     return Sums(
         group="total",
-        usd=sum(known) if known else None,
+        usd=_sum(sums.usd for sums in groups),
+        saved=_sum(sums.saved for sums in groups),
         **{
             name: sum(getattr(sums, name) for sums in groups)
             for name in Sums.__struct_fields__
-            if name not in ("group", "usd")
+            if name not in ("group", "usd", "saved")
         },
     )
+
+
+def _sum(figures: Iterable[float | None]) -> float | None:
+    """Return the sum of the figures that are known, None if none is."""
+    known = [figure for figure in figures if figure is not None]
+    return sum(known) if known else None

@@ -13,6 +13,8 @@ from proxy import inbound, registry
 from proxy.api import Api, build_app
 from proxy.app import make_admission, make_balancer
 from proxy.balancer import Board
+from proxy.cache.bulletin import Bulletin
+from proxy.caching import make_cached
 from proxy.chat import Chat
 from proxy.config import Config
 from proxy.dispatch import Dispatcher
@@ -46,9 +48,14 @@ class Proxy:
         admission = make_admission(config, self.balancer, self.metrics)
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
+        bulletin = Bulletin()
         prices = Prices(config, self.metrics.throughput)
+        self.cached = make_cached(config, ways, bulletin, self.metrics, self.metrics, prices)
+        self.metrics.stores = self.cached.sums if self.cached else None
         dispatcher = Dispatcher(self.endpoints, config.limits, prices, self.metrics.tokens_per_second)
-        self.app = build_app(Api(Chat(ways, dispatcher), self.live, self.metrics, config.server, prices), [], [])
+        chat = Chat(ways, dispatcher, self.cached)
+        api = Api(chat, self.live, self.metrics, config.server, prices)
+        self.app = build_app(api, [], [])
         self.client = httpx2.AsyncClient()
         self.port = 0
 
@@ -93,11 +100,16 @@ async def proxying(config: Config) -> AsyncIterator[Proxy]:
         await asyncio.sleep(0.001)
     proxy.port = server.servers[0].sockets[0].getsockname()[1]
     proxy.client = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", timeout=20, trust_env=False)
+    looking = asyncio.create_task(proxy.cached.run()) if proxy.cached else None
     try:
         yield proxy
     finally:
+        if looking:
+            looking.cancel()
         await proxy.client.aclose()
         await proxy.recovery.close()
+        if proxy.cached:
+            await proxy.cached.close()
         server.should_exit = True
         await serving
         for transport in proxy.transports.values():

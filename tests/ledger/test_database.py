@@ -148,3 +148,27 @@ def test_two_servers_may_write_to_one_ledger(tmp_path, open_store):
 
     asyncio.run(scenario())
     assert counted(open_store) == 400
+
+
+def test_what_the_cache_has_saved_adds_up(open_store):
+    add(open_store, row(1), row(2, cache="hit", saved=0.5, usd=0.0), row(3, cache="joined", usd=0.0))
+    add(open_store, row(4, cache="miss", model="large"))
+    large, small = sums(open_store)
+    assert (large.from_cache, large.saved) == (0, None)
+    assert (small.from_cache, small.saved) == (2, 0.5)
+
+
+def test_a_table_of_an_earlier_version_gets_the_columns_that_it_lacks(open_store):
+    add(open_store, row(1))
+
+    async def take_out():
+        store = open_store()
+        async with store._engine.begin() as connection:
+            for column in ("cache", "saved"):
+                await connection.exec_driver_sql(f"ALTER TABLE polyvox_requests DROP COLUMN {column}")
+        await store.close()
+
+    asyncio.run(take_out())
+    add(open_store, row(2, cache="hit", saved=0.25))
+    (group,) = sums(open_store)
+    assert (group.requests, group.from_cache, group.saved) == (2, 1, 0.25)

@@ -1,0 +1,366 @@
+"""Answers that were given before, or that are about to be: the story of a request where there is a cache."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache, partial
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import msgspec
+
+from proxy.cache import Claim, Entry, Stats, Store, key, replay, replies
+from proxy.cache.bulletin import ALL, Bulletin, Purge, Report
+from proxy.cache.flight import Flight
+from proxy.cache.replies import Client, FlightKey, Walks, Wanted
+from proxy.cache.settings import CacheRule, CacheSettings, size
+from proxy.cache.wish import Wish
+from proxy.errors import StoreUnavailable, TruncatedAnswer, UpstreamError
+from proxy.providers import Asked
+from proxy.registry import Model
+from proxy.relay import Exchange
+from proxy.reply import Reply
+from proxy.telemetry import CACHE_RESULTS, FIRST_TOKEN
+from proxy.transport import content_type
+
+if TYPE_CHECKING:
+    from proxy.cache.questions import Questions  # which import numpy
+    from proxy.cache.semantic import Search
+
+T = TypeVar("T")
+
+_ELSEWHERE = Stats(None, None, 0, 0)
+_PATIENCE = 60.0  # seconds to wait for another replica's answer, where the client does not say how long it waits
+_WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
+
+
+class Cached:
+    """Answers requests from a store where it can, and fills it."""
+
+    def __init__(
+        self, store: Store, settings: CacheSettings, bulletin: Bulletin,
+        questions: "Questions | None" = None, clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        """questions: of a server that compares some by their meaning. clock: seconds since 1970."""
+        self.questions = questions
+        self._store = store
+        self._settings = settings
+        self._bulletin = bulletin
+        self._limit = size(settings.max_entry_bytes)
+        self._rule = cache(settings.rule)  # of names that there are
+        self._clock = clock
+        # All mutable state: the generations under way that others may join, of which only those fill the store; how
+        # often each of CACHE_RESULTS was.
+        self._flights: dict[FlightKey, Flight] = {}
+        self._results = dict.fromkeys(CACHE_RESULTS, 0)
+
+    def __repr__(self) -> str:
+        return f"<Cached {self._store!r} {len(self._flights)} flights>"
+
+    async def answer(
+        self,
+        asked: Asked,
+        model: Model,
+        chain: Sequence[str],
+        exchange: Exchange,
+        walk: Walks,
+        wish: Wish,
+        client: Client,
+    ) -> Reply:
+        """Answer a request for a model. Raises what Walk.answer does. walk: makes the walk of this request.
+
+        1. What is not to be kept goes its way as without a cache.
+        2. Somebody waits for the same: wait with them.
+        3. It is kept: give it.
+        4. Have it made; the others may wait with us.
+        """
+        rule = self._rule(asked.envelope.model, model.name)
+        found = None if wish.no_store else _key(asked, model, rule, wish, exchange.key_id)
+        if found is None:  # 1
+            exchange.cache = "bypass"
+            return self._labelled(await walk(client.deadline).answer(), exchange)
+        shows_cost, exchange.shows_cost = exchange.shows_cost, False  # what all share has no one's cost in it
+        wanted = Wanted(asked, model, walk, exchange, client, wish, rule, found, (found, *chain), shows_cost)
+        exchange.cache = "bypass" if wish.no_cache else "miss"
+        if not wish.no_cache:
+            reply = await self._found(wanted)
+            if reply is not None:  # 2, 3
+                return reply
+        return await self._lead(wanted)  # 4
+
+    async def purge(self, purge: Purge = ALL) -> int:
+        """Have all workers forget answers, those that are being made included; return how many were kept.
+
+        Raises StoreUnavailable where they are kept elsewhere, and that does not answer.
+        """
+        shared = await _now(self._store.purge(purge.model, purge.prefix)) if self._store.is_shared else 0
+        return shared + await self._bulletin.purge(purge)
+
+    async def report(self) -> Report:
+        """Return what the caches of all workers hold and have done. Raises as `purge` does."""
+        found = self.sums()
+        if not self._store.is_shared:
+            return found
+        stats = await _now(self._store.stats())
+        return msgspec.structs.replace(found, entries=stats.entries or 0, bytes=stats.bytes or 0)
+
+    def sums(self) -> Report:
+        """Return what the caches of all workers have told, of the others as of a moment ago."""
+        self._tell()
+        return self._bulletin.all()
+
+    async def run(self) -> None:
+        """Drop for ever what this worker is told to, also while nobody asks it for anything; tell what it keeps."""
+        while True:
+            await self._bulletin.pause()
+            if self._bulletin.is_behind():
+                await self._catch_up()
+            self._tell()
+
+    async def _catch_up(self) -> None:
+        """Drop what this worker is told to."""
+        dropped = 0
+        for purge in self._bulletin.missed():
+            self._flights.clear()
+            with contextlib.suppress(StoreUnavailable):  # it tells of that itself
+                dropped += await _now(self._store.purge(purge.model, purge.prefix))
+        self._bulletin.apply(dropped)
+
+    def _tell(self) -> None:
+        stats = _ELSEWHERE if self._store.is_shared else self._store.stats()
+        self._bulletin.kept(cast(Stats, stats), self._results)
+
+    async def close(self) -> None:
+        """End what is under way, and close the store."""
+        tasks = [flight.task for flight in self._flights.values() if flight.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._store.close()
+
+    # What is there
+
+    async def _found(self, wanted: Wanted) -> Reply | None:
+        """Return the answer that is kept, or that others wait for; None if there is neither, or it failed them."""
+        if self._bulletin.is_behind() and not self._store.is_shared:
+            await self._catch_up()
+        flight = self._flights.get(wanted.flight)
+        if flight is None:
+            entry = self._store.get(wanted.key)
+            if entry is not None and entry.__class__ is not Entry:
+                entry = await cast(Awaitable[Entry | None], entry)
+                wanted.exchange.waited()
+                flight = self._flights.get(wanted.flight)
+            if entry is not None and self._will_do(entry, wanted.wish):
+                return self._replay(entry, wanted, "hit")
+        return await self._join(flight, wanted) if flight is not None and flight.is_open else None
+
+    def _will_do(self, entry: Entry, wish: Wish) -> bool:
+        return wish.max_age is None or entry.age(self._clock()) <= wish.max_age
+
+    def _replay(self, entry: Entry, wanted: Wanted, result: str) -> Reply:
+        """Make the reply of a kept answer, in the form that is asked for."""
+        exchange = wanted.exchange
+        exchange.cache, exchange.source = result, entry.endpoint
+        exchange.answers(200)
+        if wanted.asked.envelope.stream:
+            reply = replies.stream(entry, wanted, self._settings.pace if wanted.wish.pace is None else wanted.wish.pace)
+        else:
+            reply = replies.document(entry, wanted)
+        return self._labelled(reply, exchange, wanted.key, entry)
+
+    def _labelled(
+        self, reply: Reply, exchange: Exchange, name: bytes | None = None, entry: Entry | None = None
+    ) -> Reply:
+        """Say what the cache did; of a kept answer, who gave it, and how old it is."""
+        self._results[exchange.cache] += 1
+        headers = [(b"x-polyvox-cache", exchange.cache.encode())]
+        if name is not None:
+            headers.append((b"x-polyvox-cache-key", name.hex().encode()))
+        if entry is not None:
+            headers += (
+                (b"x-polyvox-model", entry.model.encode()),
+                (b"x-polyvox-endpoint", entry.endpoint.encode()),
+                (b"age", b"%d" % entry.age(self._clock())),
+            )
+        reply.headers += headers
+        return reply
+
+    # What is being made
+
+    async def _join(self, flight: Flight, wanted: Wanted) -> Reply | None:
+        """Wait for a generation with others. None if it failed: then each goes its own way."""
+        exchange = wanted.exchange
+        flight.join(exchange, reads=wanted.asked.envelope.stream)
+        exchange.shares(flight, leads=False)
+        await flight.begun()
+        if not (wanted.asked.envelope.stream and flight.streams):
+            await flight.ended()
+        exchange.waited()
+        if flight.entry is not None:
+            return _near(self._replay(flight.entry, wanted, "joined"), flight)
+        if flight.over:
+            exchange.parts()
+            return None
+        exchange.cache, exchange.source = "joined", flight.source
+        exchange.answers(200)
+        return self._labelled(replies.live(flight, wanted, leads=False), exchange, wanted.key)
+
+    async def _lead(self, wanted: Wanted) -> Reply:
+        """Have an answer made."""
+        flight = self._flights[wanted.flight] = Flight(wanted.asked.envelope.model, self._limit)
+        streams = wanted.asked.envelope.stream
+        flight.join(wanted.exchange, reads=streams)
+        when_gone = None if wanted.client.deadline else wanted.client.when_gone  # a deadline ends the task as well
+        if streams or when_gone is None:
+            wanted.exchange.shares(flight, leads=True)
+            flight.task = asyncio.create_task(self._fly(flight, wanted))
+            await flight.begun()
+        else:  # another task would cost a third of all that the cache does here
+            flight.task = asyncio.current_task()
+            when_gone(partial(flight.leave, wanted.exchange))
+            await self._fly(flight, wanted)
+            when_gone(None)
+        if flight.error is not None:
+            raise flight.error
+        if flight.reply is None:
+            assert flight.entry  # another replica had it made, or it answers a question that means the same
+            return _near(self._replay(flight.entry, wanted, "hit"), flight)
+        reply = replies.live(flight, wanted, leads=True) if flight.streams else flight.reply
+        return self._labelled(reply, wanted.exchange, wanted.key)
+
+    async def _fly(self, flight: Flight, wanted: Wanted) -> None:
+        """Make an answer, for all who wait, and keep it."""
+        try:
+            await self._make(flight, wanted)
+        except Exception as error:  # whatever it is, it is raised where somebody waits
+            flight.end(error=error)
+        finally:
+            flight.end(error=TruncatedAnswer("it was given up"))
+            if self._flights.get(wanted.flight) is flight:
+                del self._flights[wanted.flight]
+            if not flight.has(wanted.exchange):
+                await wanted.exchange.close()
+
+    async def _make(self, flight: Flight, wanted: Wanted) -> None:
+        claim = await self._claim(wanted) if self._store.is_shared else None
+        if isinstance(claim, Entry):
+            flight.end(claim)
+            return
+        entry = None
+        try:
+            search = await self._search(wanted) if self.questions else None
+            if search and search.near and search.entry and self._will_do(search.entry, wanted.wish):
+                flight.similarity = search.near.similarity
+                flight.end(search.entry)
+                return
+            entry = await self._generate(flight, wanted)
+        finally:
+            await self._keep(wanted.key, entry, claim)
+        if search and entry and self.questions:
+            await self.questions.keep(search, wanted.asked, wanted.model, wanted.key, entry)
+
+    async def _generate(self, flight: Flight, wanted: Wanted) -> Entry | None:
+        """Have an endpoint answer, for all who wait; return what is to be kept."""
+        exchange, entry = wanted.exchange, None
+        reply = await wanted.walk(whole=True).answer()
+        body = await _passed(reply, flight, exchange.endpoint, streams=wanted.asked.envelope.stream)
+        if body is not None and reply.status == 200:
+            entry = self._entry(wanted, reply, body)
+        flight.end(entry)
+        is_current = self._flights.get(wanted.flight) is flight  # there was no purge meanwhile
+        return entry if entry and _may_be_kept(reply, exchange) and is_current else None
+
+    async def _claim(self, wanted: Wanted) -> Claim | Entry | None:
+        """Ask to generate alone among replicas, or for what another one has generated."""
+        if wanted.wish.no_cache:
+            return None
+        deadline = wanted.client.deadline
+        patience = deadline.remaining() if deadline else _PATIENCE
+        found = await _now(self._store.claim(wanted.key, patience))
+        wanted.exchange.waited()
+        return None if isinstance(found, Entry) and not self._will_do(found, wanted.wish) else found
+
+    async def _search(self, wanted: Wanted) -> "Search | None":
+        """Look for a question that means the same."""
+        if self.questions is None or wanted.wish.no_cache:
+            return None
+        key_id = wanted.exchange.key_id
+        scope = key_id if wanted.rule.scope == "key" else ""
+        found = await self.questions.find(wanted.asked, wanted.model, scope, key_id)
+        wanted.exchange.waited()
+        return found
+
+    def _entry(self, wanted: Wanted, reply: Reply, body: bytes) -> Entry:
+        exchange, ttl = wanted.exchange, cast(float, wanted.rule.ttl)
+        # By position: that takes a sixth of the time that names do.
+        return Entry(
+            exchange.model,
+            exchange.endpoint,
+            wanted.asked.envelope.model,
+            exchange.operation,
+            reply.is_event_stream,
+            content_type(reply.headers),
+            body,
+            self._clock(),
+            ttl if wanted.wish.ttl is None else min(wanted.wish.ttl, ttl),
+            reply.tally.usage,
+            reply.tally.finish_reason,
+        )
+
+    async def _keep(self, name: bytes, entry: Entry | None, claim: Claim | None) -> None:
+        if entry is not None and len(entry.body) <= self._limit:
+            if (storing := self._store.put(name, entry, claim)) is not None:
+                await storing
+        elif claim is not None:
+            await _now(self._store.release(claim))
+
+
+def _key(asked: Asked, model: Model, rule: CacheRule, wish: Wish, key_id: str) -> bytes | None:
+    """Return what an answer is kept under, None where it is not to be kept."""
+    when = rule.when if wish.when is None or rule.when == "never" else wish.when
+    if when == "never" or (when == "deterministic" and not key.is_deterministic(asked.path, asked.envelope.fields)):
+        return None
+    return key.key(asked, model.name, model.revision, key_id if rule.scope == "key" else "")
+
+
+def _near(reply: Reply, flight: Flight) -> Reply:
+    """Say of an answer to another question how near that is."""
+    if flight.similarity is not None:
+        reply.headers.append((b"x-polyvox-cache-similarity", b"%.4f" % flight.similarity))
+    return reply
+
+
+async def _now(found: Awaitable[T] | T) -> T:
+    """Return what a store gave, at once or in a moment."""
+    return await found if isinstance(found, Awaitable) else found
+
+
+def _may_be_kept(reply: Reply, exchange: Exchange) -> bool:
+    """Say whether an answer is whole, and is the model's own."""
+    if exchange.level or exchange.resumed or reply.tally.failed:
+        return False
+    if exchange.operation in FIRST_TOKEN and reply.tally.finish_reason not in _WHOLE:
+        return False
+    return reply.is_event_stream or content_type(reply.headers).lower().startswith(replay.JSON)
+
+
+async def _passed(reply: Reply, flight: Flight, source: str, *, streams: bool) -> bytes | None:
+    """Pass an answer to all who wait for it; return all of it, None if that is more than is kept, or not asked for."""
+    streams = streams and reply.is_event_stream and reply.status == 200
+    flight.begin(reply, source, streams=streams)
+    if not streams:
+        return reply.document if reply.body is None else None
+    flight.put(reply.opening)
+    passing, more = b"", True
+    while more:
+        try:
+            assert reply.body is not None
+            async for data in reply.body:
+                flight.put(reply.read(data))
+                await flight.room()
+            passing, more = reply.end(), False
+        except UpstreamError as error:
+            passing, more = await reply.mend(error)
+        flight.put(passing)
+    return flight.whole()

@@ -1,0 +1,94 @@
+"""Vectors of texts, for the semantic cache: from a model of ours, or from a server elsewhere."""
+
+import random
+from collections.abc import Callable
+from time import monotonic
+from urllib.parse import urlsplit
+
+from proxy import wire
+from proxy.cache import vectors
+from proxy.cache.settings import Embeddings
+from proxy.cache.vectors import Vector
+from proxy.errors import BadGateway
+from proxy.fallback import Walk
+from proxy.prices import Prices
+from proxy.providers import Asked
+from proxy.registry import Endpoint, Ensemble, Group, Preset
+from proxy.relay import Exchange
+from proxy.route import Ways
+from proxy.telemetry import Sink
+from proxy.transport import Headers, Timeouts, Transport
+
+_PATH = "/v1/embeddings"
+_JSON: Headers = [(b"content-type", b"application/json")]
+_LONGEST = 1024 * 1024  # bytes of an answer
+
+
+class OfModel:
+    """Has a model of ours make vectors, as a client would: each is in the metrics, and in the ledger."""
+
+    def __init__(self, name: str, ways: Ways, sink: Sink, prices: Prices | None) -> None:
+        """name: of a model or alias."""
+        self._name = name
+        self._ways = ways
+        self._sink = sink
+        self._prices = prices
+
+    def __repr__(self) -> str:
+        return f"<OfModel {self._name}>"
+
+    async def __call__(self, text: str, key_id: str) -> Vector | None:
+        """Return the vector of a text, for the account of a key. Raises what Walk.answer does."""
+        registry = self._ways.live.current
+        target = registry.resolve(self._name)
+        of = target.of if isinstance(target, Preset) else target
+        assert not isinstance(of, Ensemble), "the configuration names a model"
+        model = registry.models[of.members[0]] if isinstance(of, Group) else of
+        body = wire.encode({"model": self._name, "input": text})
+        request_id = b"%032x" % random.getrandbits(128)
+        asked = Asked(_PATH, b"", _JSON, body, wire.read_json(body), request_id)
+        exchange = Exchange(self._sink, "embeddings", monotonic, self._prices, request_id)
+        exchange.model, exchange.alias, exchange.key_id = model.name, self._name, key_id
+        try:
+            reply = await Walk(self._ways, asked, model, (), exchange).answer()
+            exchange.complete()
+        finally:
+            await exchange.close()
+        return vectors.read(reply.document) if reply.status == 200 else None
+
+
+class Elsewhere:
+    """Asks any server with /v1/embeddings."""
+
+    def __init__(self, name: str, settings: Embeddings, transport_to: Callable[[Endpoint], Transport]) -> None:
+        """name: of the alias that it is for."""
+        parts = urlsplit(settings.url)
+        self._transport_to = transport_to
+        self._model = settings.model
+        self._endpoint = Endpoint(
+            name=f"{name}/embeddings",
+            model=settings.model,
+            address=f"{parts.scheme}://{parts.netloc}",
+            serves=settings.model,
+            base_path=parts.path.rstrip("/"),
+            api_key=settings.api_key,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Elsewhere {self._endpoint.name}>"
+
+    async def __call__(self, text: str, key_id: str) -> Vector | None:
+        """Return the vector of a text. Raises UpstreamError, BadGateway."""
+        endpoint, headers = self._endpoint, [*_JSON]
+        if endpoint.api_key:
+            headers.append((b"authorization", b"Bearer " + endpoint.api_key.reveal().encode()))
+        body = wire.encode({"model": self._model, "input": text})
+        path = endpoint.path(_PATH).encode()
+        answer = await self._transport_to(endpoint).send(b"POST", path, headers, body, Timeouts())
+        try:
+            document = await answer.read(_LONGEST)
+        finally:
+            await answer.close()
+        if answer.status != 200:
+            raise BadGateway(f"embeddings are refused with status {answer.status}")
+        return vectors.read(document)

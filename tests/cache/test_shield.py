@@ -1,0 +1,276 @@
+"""A Redis that is down, slow, full or restarted: requests go on, and all is well again when it is."""
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+
+from proxy.cache import Claim
+from proxy.cache.redis import PREFIX, RedisStore, connect
+from proxy.cache.shield import PATIENCE, Shield
+from proxy.errors import StoreUnavailable
+from tests.cache.entries import entry, key
+
+
+class Clock:
+    """The time that breakers see. It moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@contextlib.asynccontextmanager
+async def shielded(server, clock=None, lease=5.0, patience=20.0):
+    """A shield that is patient, since this machine may have other things to do."""
+    store = RedisStore(connect(server.url), lease)
+    shield = Shield(store, patience=patience, lease=lease, clock=clock or Clock(), chance=lambda: 0.5)
+    try:
+        yield shield
+    finally:
+        await shield.close()
+
+
+async def until(condition):
+    while not await condition():
+        await asyncio.sleep(0.002)
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "polyvox.cache"]
+
+
+async def recovered(shield, clock, text="kept"):
+    """The store answers again: the breaker lets a trial go after its time, and that succeeds."""
+
+    async def found() -> bool:
+        clock.now += 20
+        entry = await shield.get(key())
+        return entry is not None and entry.body == text.encode()
+
+    await until(found)
+
+
+def test_a_request_waits_fifty_milliseconds_at_most():
+    assert PATIENCE == 0.05
+
+
+def test_a_server_that_is_down_is_a_miss_and_comes_back_by_itself(server, caplog):
+    async def scenario():
+        clock = Clock()
+        async with shielded(server, clock) as shield:
+            await shield.put(key(), entry("before"))
+            server.kill()
+            for _ in range(20):
+                assert await shield.get(key()) is None
+                assert await shield.claim(key(), 5) is None
+                await shield.put(key(), entry("lost"))
+            server.start()
+            clock.now += 20
+            await shield.put(key(), entry("after"))
+            await recovered(shield, clock, "after")
+
+    asyncio.run(scenario())
+    failing, again = said(caplog)
+    assert "fails" in failing
+    assert again == "the cache's store answers again"
+
+
+def test_a_server_that_hangs_is_a_miss_and_comes_back_by_itself(server, caplog):
+    async def scenario():
+        clock = Clock()
+        async with shielded(server) as patient:
+            await patient.put(key(), entry("kept"))
+        async with shielded(server, clock, patience=PATIENCE) as shield:
+            server.freeze()
+            assert await asyncio.gather(*(shield.get(key()) for _ in range(40))) == [None] * 40
+            assert await shield.claim(key(), 5) is None
+            server.thaw()
+            await recovered(shield, clock)
+
+    asyncio.run(scenario())
+    assert said(caplog) == [
+        "the cache's store fails (no answer in 50 ms); requests go on without it",
+        "the cache's store answers again",
+    ]
+
+
+def test_a_store_is_not_blamed_for_what_this_process_was_late(server, caplog):
+    async def scenario():
+        async with shielded(server) as patient:
+            await patient.put(key(), entry("kept"))
+        async with shielded(server, time.monotonic, patience=PATIENCE) as shield:
+            await shield.get(key())  # it is connected
+            for _ in range(5):
+                asking = asyncio.create_task(shield.get(key()))
+                for _ in range(5):
+                    await asyncio.sleep(0)  # until it is sent
+                time.sleep(2 * PATIENCE)
+                assert (await asking).body == b"kept"
+
+    asyncio.run(scenario())
+    assert said(caplog) == []
+
+
+def test_while_it_is_left_alone_nothing_reaches_it(server):
+    async def scenario():
+        async with shielded(server) as shield:
+            server.kill()
+            for _ in range(3):
+                await shield.get(key())
+            server.start()
+            before = server.client.info("stats")["total_connections_received"]
+            assert await shield.get(key()) is None
+            assert server.client.info("stats")["total_connections_received"] == before
+
+    asyncio.run(scenario())
+
+
+def test_a_server_restarted_between_two_requests_costs_a_few_misses_at_most(server, caplog):
+    async def scenario():
+        async with shielded(server) as shield:
+            await asyncio.gather(*(shield.get(key(n)) for n in range(20)))  # so many connections
+            claim = await shield.claim(key(), 5)
+            server.kill()
+            server.start()
+            assert await shield.get(key()) is None
+            await shield.release(claim)  # the server does not know its scripts any more
+
+            async def stored() -> bool:
+                await shield.put(key(), entry("new"))
+                return await shield.get(key()) is not None
+
+            await until(stored)
+
+    asyncio.run(scenario())
+    assert said(caplog) == []
+
+
+def test_a_full_server_takes_nothing_and_still_gives(server, caplog):
+    async def scenario():
+        async with shielded(server) as shield:
+            await shield.put(key(), entry("kept"))
+            server.client.config_set("maxmemory-policy", "noeviction")
+            server.client.config_set("maxmemory", 1)
+            for name in range(10):
+                await shield.put(key(name), entry("no room"))
+                assert await shield.claim(key(name), 5) is None
+            assert (await shield.get(key())).body == b"kept"
+            server.client.config_set("maxmemory", 0)
+            claim = await shield.claim(key("new"), 5)
+            await shield.put(key("new"), entry("room"), claim)
+            assert (await shield.get(key("new"))).body == b"room"
+
+    asyncio.run(scenario())
+    assert said(caplog) == [
+        "the cache's store takes no entries (it has no memory left); those that it has are used",
+        "the cache's store takes entries again",
+    ]
+
+
+def test_a_wrong_password_is_a_miss_and_never_shown(server, caplog):
+    async def scenario():
+        store = RedisStore(connect(server.url.replace("sentinel", "sentinel-wrong")), 5.0)
+        shield = Shield(store)
+        for _ in range(5):
+            assert await shield.get(key()) is None
+        await shield.close()
+
+    asyncio.run(scenario())
+    assert said(caplog) == ["the cache's store fails (AuthenticationError); requests go on without it"]
+    assert "sentinel" not in caplog.text
+
+
+def test_who_looks_after_a_store_that_is_away_is_told(server):
+    async def scenario():
+        async with shielded(server) as shield:
+            server.kill()
+            with pytest.raises(StoreUnavailable):
+                await shield.stats()
+            with pytest.raises(StoreUnavailable):
+                await shield.purge()
+
+    asyncio.run(scenario())
+
+
+def test_whoever_waits_gets_what_the_holder_puts(server):
+    async def scenario():
+        async with shielded(server) as one, shielded(server) as other:
+            claim = await one.claim(key(), 5)
+            waiting = [asyncio.create_task(shield.claim(key(), 5)) for shield in (one, other, other)]
+            await asyncio.sleep(0)
+            await one.put(key(), entry("Paris"), claim)
+            assert [found.body for found in await asyncio.gather(*waiting)] == [b"Paris"] * 3
+
+    asyncio.run(scenario())
+
+
+def test_a_claim_given_back_is_for_who_waits(server):
+    async def scenario():
+        async with shielded(server) as one, shielded(server) as other:
+            claim = await one.claim(key(), 5)
+            waiting = asyncio.create_task(other.claim(key(), 5))
+            await asyncio.sleep(0)
+            await one.release(claim)
+            assert isinstance(await waiting, Claim)
+
+    asyncio.run(scenario())
+
+
+def test_a_holder_that_dies_delays_nobody_past_its_lease(server):
+    async def scenario():
+        async with shielded(server, lease=0.3) as other:
+            async with shielded(server, lease=0.3) as one:
+                claim = await one.claim(key(), 5)
+            assert isinstance(claim, Claim)  # and its process is gone
+            assert isinstance(await other.claim(key(), 60), Claim)
+
+    asyncio.run(scenario())
+
+
+def test_nobody_waits_longer_than_told(server):
+    async def scenario():
+        clock = Clock()
+        async with shielded(server) as one, shielded(server, clock) as other:
+            await one.claim(key(), 5)
+            assert await other.claim(key(), 0) is None
+            waiting = asyncio.create_task(other.claim(key(), 7))
+            await asyncio.sleep(0)
+            clock.now += 7
+            assert await waiting is None
+
+    asyncio.run(scenario())
+
+
+def test_a_claim_lasts_while_its_holder_generates(server):
+    async def scenario():
+        async with shielded(server, lease=0.2) as shield:
+            claim = await shield.claim(key(), 5)
+            name = f"{PREFIX}claim:{key().hex()}"
+            server.client.pexpire(name, 150)
+
+            async def renewed() -> bool:
+                return server.client.pttl(name) > 150
+
+            await until(renewed)
+            await shield.put(key(), entry("Paris"), claim)
+            assert (await shield.get(key())).body == b"Paris"
+
+    asyncio.run(scenario())
+
+
+def test_closing_leaves_no_task(server):
+    async def scenario():
+        async with shielded(server) as shield:
+            await shield.claim(key(), 5)
+            server.freeze()
+            asking = asyncio.create_task(shield.get(key()))
+            await asyncio.sleep(0)
+        assert await asking is None
+        server.thaw()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
