@@ -99,6 +99,8 @@ class Turn:
             if not self._complete and not self._abandoned:
                 log.error("an answer was not completed")
                 self._fail()
+        finally:
+            self._scope.pop("extensions", None)  # it leads back here, and a cycle would be left to the collector
 
     def feed(self, data: bytes) -> None:
         """Take more of the request's body; what comes after the answer is dropped."""
