@@ -14,7 +14,7 @@ from litestar.handlers import asgi
 from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
 from proxy.auth import Caller, Keys
-from proxy.cached import Cached
+from proxy.cached import GONE, Cached, WhenGone
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.deadline import Deadline
@@ -170,7 +170,8 @@ class Api:
         visit.exchange.received()
         path, query, headers = scope["path"].rstrip("/"), scope["query_string"], cast(Headers, scope["headers"])
         salt, models = visit.caller.salt, visit.caller.models
-        return Incoming(scope["method"], path, query, headers, body, visit.request_id, salt, deadline, models)
+        gone = cast(WhenGone | None, (scope.get("extensions") or {}).get(GONE))
+        return Incoming(scope["method"], path, query, headers, body, visit.request_id, salt, deadline, models, gone)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
         answering = self._chat.answer(request, exchange)

@@ -59,7 +59,6 @@ class Worker:
         self._books = make_books(config, places.ledger, self._prices)
         self._endpoints = Endpoints(metrics)
         self._bulletin = bulletin
-        metrics.stores = bulletin.all
         self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
         # All mutable state: the cache, a transport for each address in use, and the tasks that go on beside the
         # requests.
@@ -77,6 +76,8 @@ class Worker:
         ways = Ways(self._live, self._endpoints, self._transport_to, server.start_wait, self._config.limits, admission)
         sink: Sink = Both(self._metrics, self._books.recorder) if self._books else self._metrics
         self._cached = make_cached(self._config, ways, self._bulletin, self._metrics, sink, self._prices)
+        if self._cached:
+            self._metrics.stores = self._cached.sums
         rate = self._metrics.tokens_per_second
         dispatcher = Dispatcher(self._endpoints, self._config.limits, self._prices, rate)
         chat = Chat(ways, dispatcher, self._cached)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import msgspec
@@ -32,12 +33,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# An extension of ASGI that our server has. It takes what is called when the client goes, instead of ending the task.
+GONE = "polyvox.when_gone"
+WhenGone = Callable[[Callable[[], object] | None], None]
+
 _PATIENCE = 60.0  # seconds to wait for another replica's answer, where the client does not say how long it waits
 _WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
 
 
 class Wanted(msgspec.Struct, frozen=True, gc=False):
-    """A request whose answer may be kept. chain: names of models. shows_cost: see Exchange."""
+    """A request whose answer may be kept.
+
+    chain: names of models. shows_cost: see Exchange. when_gone: see GONE.
+    """
 
     asked: Asked
     model: Model
@@ -48,6 +56,7 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     rule: CacheRule
     key: bytes
     shows_cost: bool
+    when_gone: WhenGone | None
 
     @property
     def flight(self) -> tuple[bytes, tuple[str, ...]]:
@@ -88,8 +97,9 @@ class Cached:
         exchange: Exchange,
         deadline: Deadline | None,
         wish: Wish,
+        when_gone: WhenGone | None = None,
     ) -> Reply:
-        """Answer a request for a model. Raises what Walk.answer does.
+        """Answer a request for a model. Raises what Walk.answer does. when_gone: see GONE; None where it is not there.
 
         1. What is not to be kept goes its way as without a cache.
         2. Somebody waits for the same: wait with them.
@@ -102,7 +112,7 @@ class Cached:
             exchange.cache = "bypass"
             return _labelled(await Walk(self._ways, asked, model, chain, exchange, deadline).answer(), exchange)
         shows_cost, exchange.shows_cost = exchange.shows_cost, False  # what all share has no one's cost in it
-        wanted = Wanted(asked, model, tuple(chain), exchange, deadline, wish, rule, found, shows_cost)
+        wanted = Wanted(asked, model, tuple(chain), exchange, deadline, wish, rule, found, shows_cost, when_gone)
         exchange.cache = "bypass" if wish.no_cache else "miss"
         if not wish.no_cache:
             reply = await self._found(wanted)
@@ -127,13 +137,14 @@ class Cached:
             self._flights.clear()
             if not self._store.is_shared:
                 dropped += await _now(self._store.purge(purge.model, purge.prefix))
-        await self._tell()
+        self._tell()
         self._bulletin.apply(dropped)
 
-    async def _tell(self) -> None:
+    def _tell(self) -> None:
         """Tell the other workers what the store of this one holds."""
-        if not self._store.is_shared:
-            self._bulletin.kept(await _now(self._store.stats()))
+        stats = None if self._store.is_shared else self._store.stats()
+        if isinstance(stats, Stats):
+            self._bulletin.kept(stats)
 
     async def run(self) -> None:
         """Drop for ever what this worker is told to, also while nobody asks it for anything."""
@@ -141,10 +152,16 @@ class Cached:
             await self._bulletin.pause()
             if self._bulletin.is_behind():
                 await self._catch_up()
+            self._tell()
+
+    def sums(self) -> Stats:
+        """Return what the stores of all workers hold, where each has its own; of the others as of a moment ago."""
+        self._tell()
+        return self._bulletin.all()
 
     async def stats(self) -> Stats:
         """Return what the stores of all workers hold."""
-        return await _now(self._store.stats()) if self._store.is_shared else self._bulletin.all()
+        return await _now(self._store.stats()) if self._store.is_shared else self.sums()
 
     async def close(self) -> None:
         """End what is under way, and close the store."""
@@ -213,10 +230,17 @@ class Cached:
     async def _lead(self, wanted: Wanted) -> Reply:
         """Have an answer made."""
         flight = self._flights[wanted.flight] = Flight(wanted.asked.envelope.model, self._limit)
-        flight.join(wanted.exchange, reads=True)  # some answer with a stream unasked
-        wanted.exchange.shares(flight, leads=True)
-        flight.task = asyncio.create_task(self._fly(flight, wanted))
-        await flight.begun()
+        streams = wanted.asked.envelope.stream
+        flight.join(wanted.exchange, reads=streams)
+        if streams or wanted.when_gone is None:
+            wanted.exchange.shares(flight, leads=True)
+            flight.task = asyncio.create_task(self._fly(flight, wanted))
+            await flight.begun()
+        else:  # another task would cost a third of all that the cache does here
+            flight.task = asyncio.current_task()
+            wanted.when_gone(partial(flight.leave, wanted.exchange))
+            await self._fly(flight, wanted)
+            wanted.when_gone(None)
         if flight.error is not None:
             raise flight.error
         if flight.reply is None:
@@ -245,7 +269,7 @@ class Cached:
             return
         entry = None
         try:
-            search = await self._search(wanted)
+            search = await self._search(wanted) if self.questions else None
             if search and search.near and search.entry and self._will_do(search.entry, wanted.wish):
                 flight.similarity = search.near.similarity
                 flight.end(search.entry)
@@ -261,7 +285,7 @@ class Cached:
         exchange, entry = wanted.exchange, None
         walk = Walk(self._ways, wanted.asked, wanted.model, wanted.chain, exchange, whole=True)
         reply = await walk.answer()
-        body = await _passed(reply, flight, exchange.endpoint)
+        body = await _passed(reply, flight, exchange.endpoint, streams=wanted.asked.envelope.stream)
         if body is not None and reply.status == 200:
             entry = self._entry(wanted, reply, body)
         flight.end(entry)
@@ -273,13 +297,17 @@ class Cached:
         if wanted.wish.no_cache:
             return None
         patience = wanted.deadline.remaining() if wanted.deadline else _PATIENCE
-        found = await _now(self._store.claim(wanted.key, patience))
+        claiming = self._store.claim(wanted.key, patience)
+        if claiming is None:
+            return None
+        found = await claiming if isinstance(claiming, Awaitable) else claiming
         wanted.exchange.waited()
         return None if isinstance(found, Entry) and not self._will_do(found, wanted.wish) else found
 
     async def _search(self, wanted: Wanted) -> "Search | None":
         """Look for a question that means the same."""
-        if self.questions is None or wanted.wish.no_cache:
+        assert self.questions
+        if wanted.wish.no_cache:
             return None
         key_id = wanted.exchange.key_id
         scope = key_id if wanted.rule.scope == "key" else ""
@@ -305,8 +333,8 @@ class Cached:
 
     async def _keep(self, name: bytes, entry: Entry | None, claim: Claim | None) -> None:
         if entry is not None and len(entry.body) <= self._limit:
-            await _now(self._store.put(name, entry, claim))
-            await self._tell()
+            if (storing := self._store.put(name, entry, claim)) is not None:
+                await storing
         elif claim is not None:
             await _now(self._store.release(claim))
 
@@ -340,9 +368,9 @@ def _may_be_kept(reply: Reply, exchange: Exchange) -> bool:
     return reply.is_event_stream or content_type(reply.headers).lower().startswith(replay.JSON)
 
 
-async def _passed(reply: Reply, flight: Flight, source: str) -> bytes | None:
-    """Pass an answer to all who wait for it; return all of it, None if that is more than is kept."""
-    streams = reply.is_event_stream and reply.status == 200
+async def _passed(reply: Reply, flight: Flight, source: str, *, streams: bool) -> bytes | None:
+    """Pass an answer to all who wait for it; return all of it, None if that is more than is kept, or not asked for."""
+    streams = streams and reply.is_event_stream and reply.status == 200
     flight.begin(reply, source, streams=streams)
     if not streams:
         return reply.document if reply.body is None else None

@@ -8,7 +8,7 @@ import msgspec
 
 from proxy import accounting, explanation, forbidden, limits, presets, wire, wishes
 from proxy.cache import wish
-from proxy.cached import Cached
+from proxy.cached import Cached, WhenGone
 from proxy.deadline import Deadline
 from proxy.dispatch import Dispatcher, Inquiry
 from proxy.errors import BadRequest
@@ -42,6 +42,7 @@ class Incoming(msgspec.Struct, frozen=True):
     salt: str | None = None
     deadline: Deadline | None = None
     models: frozenset[str] | None = None
+    when_gone: WhenGone | None = None
 
 
 class Chat:
@@ -107,7 +108,8 @@ class Chat:
         if self._cached is None:
             return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
         wanted = wish.read(request.headers, field)
-        return await self._cached.answer(asked, model, chain, exchange, request.deadline, wanted)
+        gone = None if request.deadline else request.when_gone  # a deadline ends the task as well
+        return await self._cached.answer(asked, model, chain, exchange, request.deadline, wanted, gone)
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""

@@ -32,21 +32,21 @@ _ALWAYS_SAME = frozenset(
 )
 _CACHED_PATHS = frozenset(p for p, o in OPERATIONS.items() if o not in ("transcription", "translation"))
 
-_LEFT_OUT = (
+_LEFT_OUT = frozenset((
     "model", "stream", "stream_options", "user", "metadata", "cache", "routing", "request_id", "priority",
     "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-)  # fmt: skip
+))  # fmt: skip
 _DELIVERY = ("include_usage", "include_cost")  # of stream_options
 # What makes an answer depend on more than the request: state on a server, a search, sound that is kept for an hour.
 _STATEFUL = frozenset(
     ("previous_response_id", "conversation", "background", "audio", "web_search_options", "mcp_servers", "container")
 )
-_OFF = (b"null", b"false")
 _OWN_TOOLS = (None, "function", "custom")  # types of tools that the client runs
 _SCHEMAS = frozenset(
     ("tools", "functions", "response_format", "text", "output_config", "output_format", "format", "guided_json",
      "structured_outputs")
 )  # fmt: skip
+_SPECIAL = _LEFT_OUT | _STATEFUL | _SCHEMAS
 _TURNS = {CHAT: "messages", "/v1/messages": "messages", "/v1/responses": "input"}
 _URLS = ("image_url", "audio_url", "video_url", "file_url", "url")
 _HEADERS = (b"anthropic-beta", b"anthropic-version")
@@ -62,7 +62,7 @@ def key(asked: Asked, model: str, revision: str, key_id: str) -> bytes | None:
 
     model, revision: what the name stands for now. key_id: whose answers may be given, "" for those of all.
     """
-    if asked.form or asked.path not in _CACHED_PATHS or _is_stateful(asked):
+    if asked.form or asked.path not in _CACHED_PATHS:
         return None
     body = _canonical(asked.path, asked.body)
     if body is None:
@@ -98,32 +98,34 @@ def _is_zero(value: bytes) -> bool:
         return False
 
 
-def _is_stateful(asked: Asked) -> bool:
-    fields = asked.envelope.fields
-    if any(bytes(fields[name]) not in _OFF for name in fields.keys() & _STATEFUL):
-        return True
-    return asked.path == "/v1/responses" and "prompt" in fields  # a template that is kept, and changed, elsewhere
-
-
 def _canonical(path: str, body: bytes) -> bytes | None:
     """Return a body as it is hashed, None for one whose answer depends on more than the body, or that is not valid."""
     try:
         fields = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    if _fetches(path, body, fields) or ("tools" in fields and not _are_own(fields["tools"])):
+    if _fetches(path, body, fields):
         return None
-    options = fields.get("stream_options")
-    for name in _LEFT_OUT:
-        fields.pop(name, None)
-    if options.__class__ is dict and (rest := {n: v for n, v in options.items() if v and n not in _DELIVERY}):
-        fields["stream_options"] = rest
+    for name in fields.keys() & _SPECIAL:
+        value = fields.pop(name)
+        if name in _SCHEMAS:
+            fields[name] = _with_order(value)
+        elif name == "stream_options":
+            fields.update(_undelivered(value))
+        if (name in _STATEFUL and value) or (name == "tools" and not _are_own(value)):
+            return None
+    if path == "/v1/responses" and "prompt" in fields:  # a template that is kept, and changed, elsewhere
+        return None
     for name, value in fields.items():
         if value.__class__ is float and value.is_integer():
             fields[name] = int(value)
-    for name in fields.keys() & _SCHEMAS:
-        fields[name] = _with_order(fields[name])
     return _encode(fields)
+
+
+def _undelivered(options: Any) -> dict[str, Any]:
+    """Return what the options of a stream say of more than its delivery."""
+    rest = {n: v for n, v in options.items() if v and n not in _DELIVERY} if isinstance(options, dict) else {}
+    return {"stream_options": rest} if rest else {}
 
 
 def _with_order(node: Any) -> Any:

@@ -57,7 +57,7 @@ class Turn:
         # body not yet taken, whether that was all, and the future of whoever waits for more or for the client to go.
         # Of the answer: its head while it waits, the bytes that its body still must have (None: it is sent in chunks
         # or ends with the connection), whether in chunks, whether it is begun and complete, and whether nobody needs
-        # it any more.
+        # it any more; and what is called when the client goes, where its task is not to be cancelled then.
         self.keep_alive = keep_alive
         self.task: asyncio.Task[None] | None = None
         self._body: list[bytes] = []
@@ -71,6 +71,8 @@ class Turn:
         self.begun = False
         self._complete = False
         self._abandoned = False
+        self._when_gone: Callable[[], object] | None = None
+        scope["extensions"] = {"polyvox.when_gone": self.when_gone}
 
     def __repr__(self) -> str:
         state = "complete" if self._complete else "begun" if self.begun else "waiting"
@@ -115,8 +117,14 @@ class Turn:
         self._abandoned = True
         self._head = b""
         self._wake()
-        if self.task is not None:
+        if self._when_gone is not None:
+            self._when_gone()
+        elif self.task is not None:
             self.task.cancel()
+
+    def when_gone(self, call: Callable[[], object] | None) -> None:
+        """Have this called when the client goes, instead of ending the task; None: end it, as usual."""
+        self._when_gone = call
 
     # ASGI
 

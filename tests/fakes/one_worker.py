@@ -47,9 +47,9 @@ class Proxy:
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
         bulletin = Bulletin()
-        self.metrics.stores = bulletin.all
         prices = Prices(config, self.metrics.throughput)
         self.cached = make_cached(config, ways, bulletin, self.metrics, self.metrics, prices)
+        self.metrics.stores = self.cached.sums if self.cached else None
         dispatcher = Dispatcher(self.endpoints, config.limits, prices, self.metrics.tokens_per_second)
         chat = Chat(ways, dispatcher, self.cached)
         api = Api(chat, self.live, self.metrics, config.server, prices, cached=self.cached)
