@@ -14,14 +14,17 @@ from litestar.handlers import asgi
 from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
 from proxy.auth import Caller, Keys
+from proxy.cache import bulletin
 from proxy.cached import GONE, Cached, WhenGone
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.deadline import Deadline
 from proxy.errors import (
+    BadRequest,
     BodyTooLarge,
     DeadlinePassed,
     MethodNotAllowed,
+    NoCache,
     NoLedger,
     RequestError,
     UnknownPath,
@@ -94,6 +97,11 @@ class Api:
         path = unquote(scope["raw_path"].decode("latin-1"))
         if path == "/v1/models" or path.startswith("/v1/models/"):
             await self._guarded(scope, receive, send, "GET", self._show_models)
+        elif path == "/admin/cache":
+            method = scope["method"] if scope["method"] == "DELETE" else "GET"
+            await self._guarded(scope, receive, send, method, self._look_after_cache, self._admin_keys)
+        elif path == "/admin/cache/semantic":
+            await self._guarded(scope, receive, send, "GET", self._show_likeness, self._admin_keys)
         elif path == "/v1/usage":
             await self._guarded(scope, receive, send, "GET", self._show_usage, self._usage_keys)
         else:
@@ -229,6 +237,35 @@ class Api:
         report = await self._books.report(query)
         await _send_json(send, 200, report, [(b"x-request-id", visit.request_id)])
         visit.exchange.complete()
+
+    async def _look_after_cache(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        """What the cache of answers holds and has done; DELETE drops what `model` and `key_prefix` say, or all."""
+        if self._cached is None:
+            raise NoCache
+        if scope["method"] == "DELETE":
+            asked = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+            purge = bulletin.parse(asked, self._model_called)
+            body: object = {"object": "cache.purge", "purged": await self._cached.purge(purge)}
+        else:
+            body = {"object": "cache", **msgspec.structs.asdict(await self._cached.report())}
+        await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
+        visit.exchange.complete()
+
+    async def _show_likeness(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        """How near questions are to earlier ones, by alias: what would be hit at which threshold."""
+        if self._cached is None:
+            raise NoCache
+        found = self._cached.questions.report() if self._cached.questions else {}
+        body = {"object": "cache.semantic", "models": found}
+        await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
+        visit.exchange.complete()
+
+    def _model_called(self, name: str) -> str:
+        target = self._live.current.resolve(name)
+        target = target.of if isinstance(target, Preset) else target
+        if not isinstance(target, Model):
+            raise BadRequest(f"model: {name!r} is several models; name one of them.", param="model")
+        return target.name
 
     async def _show_metrics(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")

@@ -13,6 +13,7 @@ PolyvoxError
 │   ├── UnknownPath            404
 │   ├── PathNotServed          404, by this model's provider
 │   ├── NoLedger               404, this server keeps none
+│   ├── NoCache                404, nor answers
 │   ├── MethodNotAllowed       405
 │   ├── RequestTimeout         408
 │   ├── BodyTooLarge           413
@@ -245,6 +246,17 @@ class NoLedger(RequestError):
 
     def __init__(self) -> None:
         super().__init__("This server keeps no ledger of its requests (`ledger: off`).")
+
+
+class NoCache(RequestError):
+    """The server keeps no answers."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "no_cache"
+
+    def __init__(self) -> None:
+        super().__init__("This server keeps no answers (`cache: off`).")
 
 
 class LedgerUnavailable(RequestError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from proxy import cost
-from proxy.cache import Stats
+from proxy.cache.bulletin import Report
 from proxy.cache.likeness import Tally, buckets
 from proxy.telemetry import ERROR_TYPES, AttemptFailed, BreakerChanged, RequestFinished
 
@@ -133,14 +133,14 @@ def families(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> I
         yield family
 
 
-def stored(stats: Stats) -> Iterator["Metric"]:
+def stored(told: Report) -> Iterator["Metric"]:
     """Yield what Prometheus is shown of the stores of all workers."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    yield GaugeMetricFamily("polyvox_cache_entries", "Answers that are kept", value=stats.entries or 0)
-    yield GaugeMetricFamily("polyvox_cache_bytes", "Memory that kept answers take", value=stats.bytes or 0)
-    yield CounterMetricFamily("polyvox_cache_stores", "Answers that were kept", value=stats.stored)
-    yield CounterMetricFamily("polyvox_cache_evictions", "Answers that made room for others", value=stats.evicted)
+    yield GaugeMetricFamily("polyvox_cache_entries", "Answers that are kept", value=told.entries)
+    yield GaugeMetricFamily("polyvox_cache_bytes", "Memory that kept answers take", value=told.bytes)
+    yield CounterMetricFamily("polyvox_cache_stores", "Answers that were kept", value=told.stored)
+    yield CounterMetricFamily("polyvox_cache_evictions", "Answers that made room for others", value=told.evicted)
 
 
 def compared(tallies: Mapping[str, Tally]) -> Iterator["Metric"]:

@@ -17,7 +17,8 @@ import msgspec
 
 from proxy import figures
 from proxy.accounting import FINISH_REASONS, Usage
-from proxy.cache import Stats, likeness
+from proxy.cache import likeness
+from proxy.cache.bulletin import Report
 from proxy.cache.likeness import Tally
 from proxy.config import Config
 from proxy.cost import work
@@ -150,7 +151,7 @@ class Metrics:
         if memory >= 0:
             os.ftruncate(memory, size)
         # Who knows what the stores of the cache hold, where there is one.
-        self.stores: Callable[[], Stats] | None = None
+        self.stores: Callable[[], Report] | None = None
         # All mutable state: the doubles of all workers; this one writes its own only.
         self._all = memoryview(mmap.mmap(memory, size)).cast("d")
         self._parts = _parts(self._all, layout)

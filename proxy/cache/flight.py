@@ -19,6 +19,11 @@ _AHEAD = 256 * 1024  # bytes that may be put in before anybody takes them
 class Flight:
     """What there is of one answer, and who waits for it. Members are known by what they joined with."""
 
+    __slots__ = (
+        "_gone", "_limit", "_members", "_pieces", "_room", "_size", "_waiting", "entry", "error", "name", "over",
+        "reply", "similarity", "source", "streams", "task",
+    )  # fmt: skip
+
     def __init__(self, name: str, limit: int) -> None:
         """name: that the model has in the answer. limit: bytes of the whole answer that are kept."""
         self.name = name

@@ -70,17 +70,15 @@ def key(asked: Asked, model: str, revision: str, key_id: str) -> bytes | None:
     salt = asked.salt if key_id else None
     form = asked.envelope.stream and asked.path not in REPLAYED
     headers = tuple([header for header in asked.headers if header[0] in _HEADERS])
-    scope, begun = _begun(key_id, salt, model, revision, asked.path, asked.query, form, headers)
-    digest = begun.copy()
-    digest.update(body)
-    return scope + digest.digest()[SCOPE_BYTES:]
+    scope, rest = _rest(key_id, salt, model, revision, asked.path, asked.query, form, headers)
+    return scope + hashlib.sha256(rest + body).digest()[SCOPE_BYTES:]
 
 
 @lru_cache(maxsize=1024)
-def _begun(key_id: str, *parts: Any) -> "tuple[bytes, hashlib._Hash]":
-    """Return the scope of a key, and the hash of all but the body, which most requests of a caller have in common."""
+def _rest(key_id: str, *parts: Any) -> tuple[bytes, bytes]:
+    """Return the scope of a key, and a hash of all but the body, which most requests of a caller have in common."""
     scope = bytes.fromhex(key_id) if key_id else bytes(SCOPE_BYTES)
-    return scope, hashlib.sha256(msgspec.msgpack.encode(parts))
+    return scope, hashlib.sha256(msgspec.msgpack.encode(parts)).digest()
 
 
 def is_deterministic(path: str, fields: Fields) -> bool:

@@ -44,17 +44,19 @@ class MemoryStore:
         """Give no claim: nobody else has this store."""
 
     def put(self, key: bytes, entry: Entry, claim: Claim | None = None) -> None:
-        if key in self._entries:
+        entries = self._entries
+        if key in entries:
             self._drop(key)
-        if entry.size() > self._max_bytes:
+        size = entry.size()
+        if size > self._max_bytes:
             return
-        self._entries[key] = entry
-        self._bytes += entry.size()
+        entries[key] = entry
+        total = self._bytes + size
         self._stored += 1
-        while self._bytes > self._max_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self._bytes -= oldest.size()
+        while total > self._max_bytes:
+            total -= entries.popitem(last=False)[1].size()
             self._evicted += 1
+        self._bytes = total
 
     def release(self, claim: Claim) -> None:
         """Nothing to give back."""

@@ -1,6 +1,6 @@
 """A store elsewhere, as a store that never fails and never keeps anybody waiting.
 
-A request waits for two calls, the look-up and the claim, each for 25 ms at most, and then goes on without. What takes
+A request waits for one call, look-up and claim together, for 50 ms at most, and then goes on without. What takes
 longer is left to itself rather than cut off: a connection that is being made may still be of use, and one whose reply
 comes late is whole. Nobody waits for an answer to be put. After some failures in a row the store is left alone, and
 tried again after a second, then after longer and longer.
@@ -21,7 +21,7 @@ from proxy.errors import StoreUnavailable
 
 T = TypeVar("T")
 
-PATIENCE: Final = 0.025  # seconds that a request waits for a call
+PATIENCE: Final = 0.05  # seconds that a request waits for a call
 LEASE: Final = 5.0  # seconds that a claim lasts when its holder has died
 _LONGEST = 2.0  # seconds that a call goes on after nobody waits for it
 _LONGEST_FOR_ADMIN = 30.0

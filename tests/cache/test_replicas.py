@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 
+from proxy.cache.bulletin import Purge
 from proxy.cache.redis import RedisStore, connect
 from proxy.cache.settings import CacheSettings
 from proxy.config import ApiKey, Config, EndpointSettings, ModelSettings, Server
@@ -147,7 +148,7 @@ def test_a_purge_at_one_is_a_purge_for_all(server):
         async with replicas(server, [whole("one")], [whole("two")]) as (one, other, _up):
             await ask(one)
             await kept(server)
-            assert await other.cached.purge() == 1
+            assert await other.cached.purge(Purge()) == 1
             assert (await ask(one)).content == document("two")
 
     run(scenario)
@@ -159,7 +160,7 @@ def test_what_is_being_made_during_a_purge_is_not_kept(server):
             first = asyncio.create_task(ask(one))
             await held(server)
             await eventually(lambda: up.requests)
-            await other.cached.purge("m")
+            await other.cached.purge(Purge("m"))
             up.release()
             await first
             assert (await ask(other)).content == document("new")
