@@ -155,26 +155,83 @@ def endpoints(as_json: bool, state_dir: Path | None, data_dir: Path | None) -> N
         show_endpoints(report)
 
 
-@main.group(invoke_without_command=True)
+class _Route(click.Group):
+    """A group whose first word may be a prompt instead of a command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = args and args[0] in self.commands
+        return super().resolve_command(ctx, args if known else ["explain", *args])
+
+
+@main.group(
+    cls=_Route,
+    invoke_without_command=True,
+    subcommand_metavar="[PROMPT | fit LABELS]",
+    context_settings={"ignore_unknown_options": True},  # those of PROMPT may stand before it
+)
 @click.option(
     "--score", metavar="PROMPTS", help="Print the complexity, 0 to 1, of each prompt of this file; - for stdin."
 )
-@click.option("--model", type=click.Path(path_type=Path), help="A model made by `fit` [default: the one shipped].")
+@click.option("--model", help="With --score: a file made by `fit`. With PROMPT: the name to ask for [default: auto].")
 @click.pass_context
-def route(context: click.Context, score: str | None, model: Path | None) -> None:
-    """See how hard prompts are, and learn it from your own labels. Needs no server.
+def route(context: click.Context, score: str | None, model: str | None) -> None:
+    """Ask the running server how it would route PROMPT; see how hard prompts are; learn that from your own labels.
 
-    PROMPTS has a JSON object a line, with the text under `prompt`.
+    PROMPTS has a JSON object a line, with the text under `prompt`. It needs no server, and neither does `fit`.
     """
     if context.invoked_subcommand is not None:
-        if score is not None or model is not None:
+        if score is not None or (model is not None and context.invoked_subcommand != "explain"):
             raise click.UsageError("--score and --model do not go with a subcommand")
+        context.obj = model
         return
     if score is None:
-        raise click.UsageError("give --score PROMPTS, or a subcommand")
+        raise click.UsageError("give a PROMPT, --score PROMPTS, or a subcommand")
     from proxy import scoring
 
-    _finish(lambda: scoring.print_scores(score, model))
+    _finish(lambda: scoring.print_scores(score, Path(model) if model else None))
+
+
+@route.command("explain")
+@click.argument("prompt")
+@click.option("--model", help="The name to ask for [default: auto].")
+@click.option("--task", help="The task, instead of the one that is read from the prompt.")
+@click.option("--complexity", help="0 to 1, or simple, medium, complex, instead of what is read from the prompt.")
+@click.option("--budget", type=float, help="USD that the answer may cost.")
+@click.option("--region", help="Where the model must run.")
+@click.option("--prefer", help="balanced, cost, quality, speed or order.")
+@click.option("--json", "as_json", is_flag=True, help="Print the explanation as JSON, as POST /v1/route does.")
+@click.option("--url", envvar="POLYVOX_URL", help="Address of the server [default: the one that runs here].")
+@click.option("--api-key", envvar="POLYVOX_API_KEY", help="One of its keys [default: the first of the configuration].")
+@click.option("--config", "-c", type=click.Path(path_type=Path), envvar="POLYVOX_CONFIG", help="Configuration file.")
+@_state_options
+@click.pass_obj
+def explain_route(
+    given: str | None,
+    /,
+    prompt: str,
+    model: str | None,
+    as_json: bool,
+    config: Path | None,
+    state_dir: Path | None,
+    data_dir: Path | None,
+    **said: Any,
+) -> None:
+    """Show which model of the running server would answer PROMPT, every candidate, its score, why it was dropped."""
+    from proxy import asking
+
+    address = said.pop("url") or _address(state_dir, data_dir)
+    key = said.pop("api_key") or asking.first_key(config or default_config())
+    question = asking.Question(address, key, prompt, model or given or "auto", asking.routing(**said))
+    _finish(lambda: asking.show(asking.ask(question), as_json=as_json))
+
+
+def _address(state_dir: Path | None, data_dir: Path | None) -> str:
+    """Return where the server listens that runs here."""
+    import msgspec
+
+    return str(msgspec.json.decode(_ask(state_dir, data_dir, lambda client: client.report("address"))))
 
 
 @route.command("fit")

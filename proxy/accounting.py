@@ -155,17 +155,12 @@ class Tally:
         details = usage.prompt_tokens_details or usage.input_tokens_details
         found = details.cached_tokens if details else None
         apart = (usage.cache_read_input_tokens or 0) + (usage.cache_creation_input_tokens or 0)
-        given = _first(usage.prompt_tokens, usage.input_tokens)
-        self._in = _first(None if given is None else given + apart, self._in)
-        self._out = _first(usage.completion_tokens, usage.output_tokens, self._out)
-        self._cached = _first(found, usage.cache_read_input_tokens, self._cached)
-
-
-def _first(*values: int | None) -> int | None:
-    for value in values:
-        if value is not None:
-            return value
-    return None
+        given = usage.input_tokens if usage.prompt_tokens is None else usage.prompt_tokens
+        made = usage.output_tokens if usage.completion_tokens is None else usage.completion_tokens
+        found = usage.cache_read_input_tokens if found is None else found
+        self._in = self._in if given is None else given + apart
+        self._out = self._out if made is None else made
+        self._cached = self._cached if found is None else found
 
 
 class Account(Protocol):
@@ -345,6 +340,8 @@ _TAIL = 4096
 
 class DocumentAccount:
     """A JSON document, whose bytes pass on as they come."""
+
+    __slots__ = ("_parts", "_size", "begun", "tally")
 
     def __init__(self) -> None:
         # All mutable state: the document so far, or its last bytes where it is large, and what was read of it.

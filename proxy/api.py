@@ -83,9 +83,9 @@ class Api:
         self._server = server
         self._started = int(time.time())
 
-    async def model_request(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
+    def model_request(self, scope: HTTPScope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve a POST whose body names a model."""
-        await self._guarded(scope, receive, send, "POST", self._answer)
+        return self._guarded(scope, receive, send, "POST", self._answer)
 
     async def route(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         """POST /v1/route: how a request would be routed."""

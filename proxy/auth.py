@@ -89,4 +89,4 @@ def _salt(key: bytes) -> str:
 
 
 def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+    return hashlib.blake2b(key, digest_size=32).digest()

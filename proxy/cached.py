@@ -5,14 +5,14 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import msgspec
 
 from proxy import accounting, sse
 from proxy.accounting import NoAccount, StreamAccount, Tally, Usage
 from proxy.cache import Claim, Entry, Stats, Store, key, replay
-from proxy.cache.bulletin import Bulletin, Purge, Report
+from proxy.cache.bulletin import ALL, Bulletin, Purge, Report
 from proxy.cache.flight import Flight
 from proxy.cache.settings import CacheRule, CacheSettings, size
 from proxy.cache.wish import Wish
@@ -24,7 +24,6 @@ from proxy.registry import Model
 from proxy.relay import Exchange
 from proxy.renaming import EventRenamer
 from proxy.reply import Headers, Reply, with_length
-from proxy.route import Ways
 from proxy.telemetry import CACHE_RESULTS, FIRST_TOKEN
 from proxy.transport import content_type
 
@@ -38,31 +37,38 @@ T = TypeVar("T")
 GONE = "polyvox.when_gone"
 WhenGone = Callable[[Callable[[], object] | None], None]
 
-FlightKey = tuple[bytes, tuple[str, ...]]
+Walks = Callable[..., Walk]  # from the arguments of Walk that are left open: deadline, whole
+FlightKey = tuple[bytes | str, ...]  # the key of the cache, and the chain
 
 _ELSEWHERE = Stats(None, None, 0, 0)
 _PATIENCE = 60.0  # seconds to wait for another replica's answer, where the client does not say how long it waits
 _WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
 
 
+class Client(NamedTuple):
+    """What is known of who waits for an answer. when_gone: see GONE; None where it is not there."""
+
+    deadline: Deadline | None = None
+    when_gone: WhenGone | None = None
+
+
 class Wanted(msgspec.Struct, frozen=True, gc=False):
     """A request whose answer may be kept.
 
-    chain: names of models. flight: what requests have in common that can share one generation: who lists other
-    fallbacks wants no part of it. shows_cost: see Exchange. when_gone: see GONE.
+    walk: makes its walk. flight: what requests have in common that can share one generation: who lists other fallbacks
+    wants no part of it. shows_cost: see Exchange.
     """
 
     asked: Asked
     model: Model
-    chain: tuple[str, ...]
+    walk: Walks
     exchange: Exchange
-    deadline: Deadline | None
+    client: Client
     wish: Wish
     rule: CacheRule
     key: bytes
     flight: FlightKey
     shows_cost: bool
-    when_gone: WhenGone | None
 
     def hides_usage(self) -> bool:
         """Say whether a stream is not to tell what it used."""
@@ -73,20 +79,19 @@ class Cached:
     """Answers requests from a store where it can, and fills it."""
 
     def __init__(
-        self, ways: Ways, store: Store, settings: CacheSettings, bulletin: Bulletin,
+        self, store: Store, settings: CacheSettings, bulletin: Bulletin,
         questions: "Questions | None" = None, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         """questions: of a server that compares some by their meaning. clock: seconds since 1970."""
         self.questions = questions
-        self._ways = ways
         self._store = store
         self._settings = settings
         self._bulletin = bulletin
         self._limit = size(settings.max_entry_bytes)
         self._rule = cache(settings.rule)  # of names that there are
         self._clock = clock
-        # All mutable state: the generations under way that others may join; only those fill the store. How often each of
-        # CACHE_RESULTS was.
+        # All mutable state: the generations under way that others may join, of which only those fill the store; how
+        # often each of CACHE_RESULTS was.
         self._flights: dict[FlightKey, Flight] = {}
         self._results = dict.fromkeys(CACHE_RESULTS, 0)
 
@@ -99,11 +104,11 @@ class Cached:
         model: Model,
         chain: Sequence[str],
         exchange: Exchange,
-        deadline: Deadline | None,
+        walk: Walks,
         wish: Wish,
-        when_gone: WhenGone | None = None,
+        client: Client,
     ) -> Reply:
-        """Answer a request for a model. Raises what Walk.answer does. when_gone: see GONE; None where it is not there.
+        """Answer a request for a model. Raises what Walk.answer does. walk: makes the walk of this request.
 
         1. What is not to be kept goes its way as without a cache.
         2. Somebody waits for the same: wait with them.
@@ -114,11 +119,9 @@ class Cached:
         found = None if wish.no_store else _key(asked, model, rule, wish, exchange.key_id)
         if found is None:  # 1
             exchange.cache = "bypass"
-            return self._labelled(await Walk(self._ways, asked, model, chain, exchange, deadline).answer(), exchange)
+            return self._labelled(await walk(client.deadline).answer(), exchange)
         shows_cost, exchange.shows_cost = exchange.shows_cost, False  # what all share has no one's cost in it
-        names = tuple(chain)
-        common = found, names
-        wanted = Wanted(asked, model, names, exchange, deadline, wish, rule, found, common, shows_cost, when_gone)
+        wanted = Wanted(asked, model, walk, exchange, client, wish, rule, found, (found, *chain), shows_cost)
         exchange.cache = "bypass" if wish.no_cache else "miss"
         if not wish.no_cache:
             reply = await self._found(wanted)
@@ -126,7 +129,7 @@ class Cached:
                 return reply
         return await self._lead(wanted)  # 4
 
-    async def purge(self, purge: Purge) -> int:
+    async def purge(self, purge: Purge = ALL) -> int:
         """Have all workers forget answers, those that are being made included; return how many were kept.
 
         Raises StoreUnavailable where they are kept elsewhere, and that does not answer.
@@ -251,15 +254,16 @@ class Cached:
         flight = self._flights[wanted.flight] = Flight(wanted.asked.envelope.model, self._limit)
         streams = wanted.asked.envelope.stream
         flight.join(wanted.exchange, reads=streams)
-        if streams or wanted.when_gone is None:
+        when_gone = None if wanted.client.deadline else wanted.client.when_gone  # a deadline ends the task as well
+        if streams or when_gone is None:
             wanted.exchange.shares(flight, leads=True)
             flight.task = asyncio.create_task(self._fly(flight, wanted))
             await flight.begun()
         else:  # another task would cost a third of all that the cache does here
             flight.task = asyncio.current_task()
-            wanted.when_gone(partial(flight.leave, wanted.exchange))
+            when_gone(partial(flight.leave, wanted.exchange))
             await self._fly(flight, wanted)
-            wanted.when_gone(None)
+            when_gone(None)
         if flight.error is not None:
             raise flight.error
         if flight.reply is None:
@@ -302,8 +306,7 @@ class Cached:
     async def _generate(self, flight: Flight, wanted: Wanted) -> Entry | None:
         """Have an endpoint answer, for all who wait; return what is to be kept."""
         exchange, entry = wanted.exchange, None
-        walk = Walk(self._ways, wanted.asked, wanted.model, wanted.chain, exchange, whole=True)
-        reply = await walk.answer()
+        reply = await wanted.walk(whole=True).answer()
         body = await _passed(reply, flight, exchange.endpoint, streams=wanted.asked.envelope.stream)
         if body is not None and reply.status == 200:
             entry = self._entry(wanted, reply, body)
@@ -315,11 +318,9 @@ class Cached:
         """Ask to generate alone among replicas, or for what another one has generated."""
         if wanted.wish.no_cache:
             return None
-        patience = wanted.deadline.remaining() if wanted.deadline else _PATIENCE
-        claiming = self._store.claim(wanted.key, patience)
-        if claiming is None:
-            return None
-        found = await claiming if isinstance(claiming, Awaitable) else claiming
+        deadline = wanted.client.deadline
+        patience = deadline.remaining() if deadline else _PATIENCE
+        found = await _now(self._store.claim(wanted.key, patience))
         wanted.exchange.waited()
         return None if isinstance(found, Entry) and not self._will_do(found, wanted.wish) else found
 

@@ -32,10 +32,10 @@ def make_cached(
     redis = _connect(settings)
     store = _make_store(settings, config.server.workers, redis)
     if not settings.semantics():
-        return Cached(ways, store, settings, bulletin)
+        return Cached(store, settings, bulletin)
     embedders = _make_embedders(settings, ways, sink, prices)
     questions = _make_questions(settings, embedders, store, redis, metrics)
-    return Cached(ways, store, settings, bulletin, questions)
+    return Cached(store, settings, bulletin, questions)
 
 
 def _connect(settings: CacheSettings) -> "Redis | None":

@@ -8,13 +8,13 @@ import msgspec
 
 from proxy import accounting, explanation, forbidden, limits, presets, wire, wishes
 from proxy.cache import wish
-from proxy.cached import Cached, WhenGone
+from proxy.cached import Cached, Client, WhenGone
 from proxy.deadline import Deadline
 from proxy.dispatch import Dispatcher, Inquiry
 from proxy.errors import BadRequest
 from proxy.fallback import Walk
 from proxy.providers import Asked
-from proxy.registry import Group, Model, Preset, Registry
+from proxy.registry import Model, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -76,40 +76,40 @@ class Chat:
         asked = _asked(request, envelope, form=form)
         if isinstance(target, Preset):
             asked, target = _with_preset(asked, target), target.of
-        if not isinstance(target, Model) or wishes.FIELD in envelope.fields:
-            return await self._routed(registry, target, asked, request, exchange)
-        forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
-        chain = registry.chains.get(envelope.model, ())
-        if request.models is not None:
-            chain = tuple(name for name in chain if name in request.models)
-        return await self._walk(asked, target, chain, request, exchange)
-
-    async def _routed(
-        self, registry: Registry, target: Model | Group, asked: Asked, request: Incoming, exchange: Exchange
-    ) -> Reply:
-        """Answer a request for which the router chooses."""
-        routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
-        exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
-        model = registry.models[routed.plan.models[0]]
-        reply = await self._walk(_without(asked, wishes.FIELD), model, routed.chain, request, exchange)
-        if routed.explains:
-            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.chain)),)
+        routed = None
+        if isinstance(target, Model) and wishes.FIELD not in envelope.fields:
+            forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
+            model, chain = target, registry.chains.get(envelope.model, ())
+            if request.models is not None:
+                chain = tuple(name for name in chain if name in request.models)
+        else:
+            routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
+            asked, model, chain = _without(asked, wishes.FIELD), registry.models[routed.models[0]], routed.models[1:]
+            exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
+        exchange.model = model.name
+        if envelope.stream and (options := asked.envelope.fields.get("stream_options")):
+            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
+        chosen = not isinstance(target, Model)
+        if wish.FIELD in asked.envelope.fields or self._cached is not None:
+            reply = await self._cache(asked, model, chain, request, exchange, chosen=chosen)
+        else:
+            reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
+        if routed is not None and routed.explains:
+            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.models)),)
         return reply
 
-    async def _walk(
-        self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange
+    async def _cache(
+        self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange, *, chosen: bool
     ) -> Reply:
-        exchange.model = model.name
-        if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
-            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
+        """Answer from the cache, or as the cache is told to; without one, as if it had not been spoken of."""
         field = None if asked.form else asked.envelope.fields.get(wish.FIELD)
         if field is not None:
             asked = _without(asked, wish.FIELD)
+        walk = partial(Walk, self._ways, asked, model, chain, exchange, chosen=chosen)
         if self._cached is None:
-            return await Walk(self._ways, asked, model, chain, exchange, request.deadline).answer()
-        wanted = wish.read(request.headers, field)
-        gone = None if request.deadline else request.when_gone  # a deadline ends the task as well
-        return await self._cached.answer(asked, model, chain, exchange, request.deadline, wanted, gone)
+            return await walk(request.deadline).answer()
+        client = Client(request.deadline, request.when_gone)
+        return await self._cached.answer(asked, model, chain, exchange, walk, wish.read(request.headers, field), client)
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
@@ -124,7 +124,7 @@ class Chat:
             fields = presets.applied(target, path, dict(envelope.fields))
             envelope, target = msgspec.structs.replace(envelope, fields=fields), target.of
         routed = self._dispatcher.consider(registry, target, _inquiry(path, envelope, request))
-        return explanation.full(routed.plan, routed.chain, envelope.model)
+        return explanation.full(routed.plan, routed.models, envelope.model)
 
 
 def _inquiry(path: str, envelope: wire.Envelope, request: Incoming) -> Inquiry:

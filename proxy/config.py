@@ -17,7 +17,7 @@ import yaml
 from msgspec import Meta
 
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
-from proxy import media, references, rules, tasks
+from proxy import complexity, media, references, rules, tasks
 from proxy.cache.settings import CacheSettings, Embeddings
 from proxy.cost import Hosting, Price
 from proxy.errors import ConfigError
@@ -280,7 +280,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
     data = source.parse(text)
     if any(name.startswith("POLYVOX_") and "__" in name for name in environ):
         _override(data, _environment_overrides(environ), source)
-    config = _build(data, source)
+    config = _with_model_of_complexity(_build(data, source), path.absolute().parent, source)
     _check(config, source)
     secrets = _secrets(config, source)
     return Loaded(config=config, base=path.absolute().parent, error=source.error, secrets=secrets)
@@ -518,6 +518,19 @@ def _secret_schema(kind: type) -> dict[str, Any]:
     fields = {"key": text, "models": {"type": "array", "items": text, "minItems": 1}}
     limited = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
     return {"anyOf": [text, limited]}
+
+
+def _with_model_of_complexity(config: Config, base: Path, source: _Source) -> Config:
+    """Make the path of the model of complexity one that workers find, and see that there is one."""
+    file = config.routing.complexity_model
+    if file is None:
+        return config
+    found = base / file
+    try:
+        complexity.load(found)
+    except ConfigError as e:
+        raise source.error(("routing", "complexity_model"), str(e)) from None
+    return msgspec.structs.replace(config, routing=msgspec.structs.replace(config.routing, complexity_model=str(found)))
 
 
 # Checks across fields.

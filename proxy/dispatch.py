@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from functools import cache
 from math import log
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -17,6 +18,7 @@ from proxy.naming import Prefer
 from proxy.prices import Prices
 from proxy.registry import Group, Model, Registry
 from proxy.router import Candidate, Health, Plan
+from proxy.rules import Weights
 
 Fields = Mapping[str, msgspec.Raw]
 
@@ -39,11 +41,22 @@ class Inquiry(msgspec.Struct, frozen=True):
 
 
 class Routed(msgspec.Struct, frozen=True):
-    """Where a request goes: to a model, and after it to those of a chain. explains: the client wants to know why."""
+    """Where a request goes: to the models of a plan, and after them to those of its chains that suit it as well.
+
+    explains: the client wants to know why.
+    """
 
     plan: Plan
-    chain: tuple[str, ...]
+    models: tuple[str, ...]
     explains: bool
+
+
+class _Newest(NamedTuple):
+    """A registry, and what its settings come to."""
+
+    registry: Registry
+    judge: Judge
+    weights: Mapping[Prefer, Weights]
 
 
 class Dispatcher:
@@ -64,10 +77,10 @@ class Dispatcher:
         self._tokens_per_second = tokens_per_second
         self._now = now
         # All mutable state, by the names of models: tokens for each one of the estimate, and the speed with when it was
-        # looked up; of the newest registry, how prompts are judged.
+        # looked up; of the newest registry, how prompts are judged and models are weighed.
         self._tokens_each: dict[str, float] = {}
         self._speeds: dict[str, tuple[float, float | None]] = {}
-        self._judged: tuple[Registry | None, Judge | None] = (None, None)
+        self._newest: _Newest | None = None
 
     def __repr__(self) -> str:
         return f"<Dispatcher {self._tokens_each!r}>"
@@ -75,22 +88,20 @@ class Dispatcher:
     def route(self, registry: Registry, target: Group | Model, asked: Inquiry) -> Routed:
         """Return where a request goes. Raises NothingSuits, or BadRequest for wishes that are none."""
         routed = self.consider(registry, target, asked)
-        if not routed.plan.models:
+        if not routed.models:
             raise NothingSuits(asked.name, routed.plan.failures)
         return routed
 
     def consider(self, registry: Registry, target: Group | Model, asked: Inquiry) -> Routed:
         """Return what `route` goes by, also where nothing suits. Raises BadRequest."""
         said, explains = wishes.read(asked.fields, asked.headers, tasks.names(registry.tasks))
-        found = features.read(asked.path, asked.fields, said, self._judge(registry))
+        found = features.read(asked.path, asked.fields, said, self._of(registry).judge)
         members = target.members if isinstance(target, Group) else (target.name,)
         may = [name for name in members if _may(asked, name)]
         made = self._plan(registry, may, target.prefer if isinstance(target, Group) else None, found, asked.fields)
-        if not made.models:
-            return Routed(made, (), explains)
         after = [name for name in self._chain(registry, asked, found) if name not in members and _may(asked, name)]
         suits = self._plan(registry, after, "order", found, asked.fields).models if after else []
-        return Routed(made, (*made.models[1:], *suits), explains)
+        return Routed(made, (*made.models, *suits), explains)
 
     def _chain(self, registry: Registry, asked: Inquiry, found: Features) -> dict[str, None]:
         """Return those who stand in for the name that was asked for, and after them those for its task, each once."""
@@ -106,10 +117,8 @@ class Dispatcher:
                 refusals[policy] = self._refusal(fields, policy)
         now = self._endpoints.clock()
         candidates = [self._candidate(registry.models[name], found, refusals, now) for name in names]
-        routing = registry.routing
-        return router.plan(
-            found, candidates, prefer, registry.rules, routing.weighing(), self._now(), routing.answer_tokens
-        )
+        weights, expected = self._of(registry).weights, registry.routing.answer_tokens
+        return router.plan(found, candidates, prefer, registry.rules, weights, self._now(), expected)
 
     def _refusal(self, fields: Fields, policy: forbidden.Policy) -> str | None:
         try:
@@ -121,15 +130,16 @@ class Dispatcher:
     def _candidate(
         self, model: Model, found: Features, refusals: Mapping[forbidden.Policy, str | None], now: float
     ) -> Candidate:
-        each = self._tokens_each.get(model.name, 1.0)
+        each, found_out = self._tokens_each.get(model.name, 1.0), model.capabilities
         return Candidate(
             name=model.name,
             traits=model.traits,
             context=model.context_length,
-            modalities=frozenset(model.traits.modalities or ("text",)),
+            modalities=frozenset(model.traits.modalities or found_out.modalities or ("text",)),
+            able={need: getattr(found_out, need) for need in found.needs},
             tokens_each=each,
             price=self._prices.dearest(model.name, round(found.tokens * each)) if self._prices else None,
-            speed=self._speed(model.name, now) if model.traits.speed_score is None else None,
+            speed=self._speed(model, now) if model.traits.speed_score is None else None,
             health=self._health(model, now),
             refusal=refusals[model.policy],
         )
@@ -139,20 +149,18 @@ class Dispatcher:
             return "ready"
         return "starting" if not model.ready() and model.state in ("starting", "draining") else "down"
 
-    def _speed(self, name: str, now: float) -> float | None:
-        """Return the score that a model's streams of late are worth."""
-        known = self._speeds.get(name)
+    def _speed(self, model: Model, now: float) -> float | None:
+        """Return the score that a model's streams of late are worth, or that of the speed which was found out."""
+        known = self._speeds.get(model.name)
         if known is None or now - known[0] >= _FRESH:
-            rate = self._tokens_per_second(name)
-            known = self._speeds[name] = (now, None if rate is None else speed_score(rate))
+            rate = self._tokens_per_second(model.name) or model.capabilities.tokens_per_second
+            known = self._speeds[model.name] = (now, None if rate is None else speed_score(rate))
         return known[1]
 
-    def _judge(self, registry: Registry) -> Judge:
-        of, judge = self._judged
-        if judge is None or of is not registry:
-            judge = _judge_of(registry)
-            self._judged = (registry, judge)
-        return judge
+    def _of(self, registry: Registry) -> "_Newest":
+        if self._newest is None or self._newest.registry is not registry:
+            self._newest = _Newest(registry, _judge(registry), registry.routing.weighing())
+        return self._newest
 
     def learn(self, estimate: float, model: str, tokens_in: int) -> None:
         """A model has read a prompt of so many tokens, which was estimated before."""
@@ -173,7 +181,7 @@ def _may(asked: Inquiry, model: str) -> bool:
     return asked.only is None or model in asked.only or asked.name in asked.only
 
 
-def _judge_of(registry: Registry) -> Judge:
+def _judge(registry: Registry) -> Judge:
     routing = registry.routing
     model = _complexity_model(routing.complexity_model)
     threshold = model.coefficients.threshold

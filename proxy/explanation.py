@@ -12,12 +12,12 @@ from proxy.router import Option, Plan
 _LONGEST = 4096  # bytes of a header; many clients take no more than 8 KiB of them all
 
 
-def full(plan: Plan, chain: Sequence[str], asked: str) -> dict[str, Any]:
-    """Return all of a plan. chain: who is asked when the first fails. asked: the name that was."""
+def full(plan: Plan, models: Sequence[str], asked: str) -> dict[str, Any]:
+    """Return all of a plan. models: who is asked, in order, those of chains included. asked: the name that was."""
     f = plan.features
     return {
         "asked": asked,
-        "model": next(iter(plan.models), None),
+        "model": next(iter(models), None),
         "reason": plan.reason,
         "task": f.task,
         "complexity": None if f.complexity is None else round(f.complexity, 4),
@@ -29,11 +29,11 @@ def full(plan: Plan, chain: Sequence[str], asked: str) -> dict[str, Any]:
         "budget_limit": f.budget_limit,
         "requirements": _requirements(f),
         "candidates": [msgspec.structs.asdict(option) for option in plan.options],
-        "fallbacks": list(chain),
+        "fallbacks": list(models[1:]),
     }
 
 
-def header(plan: Plan, chain: Sequence[str]) -> bytes:
+def header(plan: Plan, models: Sequence[str]) -> bytes:
     """Return a plan as the value of a header: compact JSON in ASCII, without the last candidates if it is too long."""
     f = plan.features
     candidates = [_short(option) for option in plan.options]
@@ -42,7 +42,7 @@ def header(plan: Plan, chain: Sequence[str]) -> bytes:
         "task": f.task,
         "level": f.level,
         "complexity": None if f.complexity is None else round(f.complexity, 4),
-        "fallbacks": list(chain),
+        "fallbacks": list(models[1:]),
         "candidates": candidates,
     }
     while len(value := json.dumps(told, separators=(",", ":")).encode()) > _LONGEST and candidates:

@@ -47,19 +47,22 @@ class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
     __slots__ = (
-        "_asked", "_at", "_blamed", "_breaks", "_deadline", "_endpoint", "_exchange", "_first", "_of", "_route",
-        "_ways", "_whole",
+        "_asked", "_at", "_blamed", "_breaks", "_chosen", "_deadline", "_endpoint", "_exchange", "_first", "_of",
+        "_route", "_ways", "_whole",
     )  # fmt: skip
 
     def __init__(
         self, ways: Ways, asked: Asked, model: Model, chain: Sequence[str], exchange: Exchange,
-        deadline: Deadline | None = None, *, whole: bool = False,
+        deadline: Deadline | None = None, *, chosen: bool = False, whole: bool = False,
     ) -> None:  # fmt: skip
-        """chain: names of models. deadline: of which an endpoint is told, if it wants to be. whole: streams keep their
-        usage, whether the client asked for it or not.
+        """chain: names of models. deadline: of which an endpoint is told, if it wants to be.
+
+        chosen: the model is none that the client asked for, so that what it cannot be asked another may. whole: streams
+        keep their usage, whether the client asked for it or not.
         """
         self._ways = ways
         self._deadline = deadline
+        self._chosen = chosen
         self._asked = asked
         self._exchange = exchange
         self._whole = whole
@@ -84,7 +87,7 @@ class Walk:
             try:
                 reply = await self._attempt(place)
             except (UpstreamError, RequestError) as error:
-                await self._leave(error, said := failures.verdict(error, of_chain=place.level > 0))
+                await self._leave(error, said := failures.verdict(error, of_chain=self._chosen or place.level > 0))
                 if not self._may_go_on(said):
                     break
             else:
@@ -270,7 +273,7 @@ class Walk:
             try:
                 await self._go_on(reply, continuation, resumed, place)
             except (UpstreamError, RequestError) as error:
-                await self._leave(error, said := failures.verdict(error, of_chain=place.level > 0))
+                await self._leave(error, said := failures.verdict(error, of_chain=self._chosen or place.level > 0))
                 if not self._may_go_on(said):
                     return False
             else:

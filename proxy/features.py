@@ -22,7 +22,8 @@ Need = Literal["tools", "json_mode", "json_schema", "logprobs"]
 # Operations whose request is a text to be answered, of which task and complexity are read.
 _TALKS = frozenset(("chat", "text_completion", "responses", "messages", "count_tokens"))
 _HEARS = frozenset(("transcription", "translation"))
-_TEXTS = ("messages", "input", "prompt", "system", "instructions", "query", "documents")
+_ASKING = frozenset(("messages", "input", "prompt"))  # what holds the text that is to be answered, or more of it
+_TEXTS = (*_ASKING, "system", "instructions", "query", "documents")
 _EACH_MESSAGE = 4  # tokens that a template puts around one
 _EACH_MEDIUM = 800  # tokens of a picture of middling size
 _LATIN = 4.0  # letters of a token
@@ -74,7 +75,7 @@ def read(path: str, fields: Fields, wishes: Wishes, judge: Judge) -> Features:
     talk = _Talk()
     for name in _TEXTS:
         if name in fields:
-            talk.add(fields[name])
+            talk.add(fields[name], asks=name in _ASKING)
     asked = wishes.requirements
     complexity, level = _complexity(wishes, operation, talk, judge)
     found = language(talk.last) if operation in _TALKS and not asked.languages else None
@@ -144,7 +145,7 @@ class _Talk:
     def __repr__(self) -> str:
         return f"<_Talk {self.tokens:.0f} tokens {sorted(self.media)}>"
 
-    def add(self, raw: msgspec.Raw) -> None:
+    def add(self, raw: msgspec.Raw, *, asks: bool) -> None:
         """Read a field."""
         try:
             said = _decode(raw)
@@ -155,7 +156,7 @@ class _Talk:
                 self._turn(item)
             elif isinstance(item, str):
                 self.tokens += tokens(item)
-                self.last = item
+                self.last = item if asks else self.last
             else:
                 self.tokens += len(item) if isinstance(item, list) else 1
 
@@ -266,7 +267,7 @@ def language(text: str) -> str | None:
         for name, script in _SCRIPTS:
             if len(script.findall(text)) * _SHARE.get(name, 4) > letters:
                 return name
-    return "en" if text.isascii() and len(set(map(str.lower, _ENGLISH.findall(text)))) > 1 else None
+    return "en" if len(set(map(str.lower, _ENGLISH.findall(text)))) > 1 else None
 
 
 # A script counts from a fourth of the letters on; Japanese and Ukrainian are known by few.

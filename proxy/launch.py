@@ -55,11 +55,13 @@ async def _serve(loaded: Loaded, paths: StatePaths, console: Console, listening:
 
         launcher = Launcher(paths, loaded.base)
         supervisor = Supervisor(loaded.config.engines(), paths, launcher.prepare)
+        address = address_of(listening)
+        reports = {"endpoints": workers.endpoints, "address": lambda: msgspec.json.encode(address)}
         async with (
             _engines(supervisor, launcher, loaded),
-            _background(serve_control(supervisor, paths.control_socket, {"endpoints": workers.endpoints}), stop),
+            _background(serve_control(supervisor, paths.control_socket, reports), stop),
         ):
-            following = console.follow(supervisor.watch(), address_of(listening), loaded.config)
+            following = console.follow(supervisor.watch(), address, loaded.config)
             async with _background(following, stop):
                 await stop.wait()
                 console.say("stopping; requests in flight may finish, press Ctrl-C again to end at once")

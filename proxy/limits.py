@@ -76,13 +76,11 @@ def deeper_than(document: bytes, depth: int) -> bool:
     return depth == 0 or any(deeper_than(bytes(inner), depth - 1) for inner in _inside(document))
 
 
-_LONG = 4096  # bytes; counting costs by the byte, searching by the bracket
-
-
 def _openings(document: bytes, enough: int) -> int:
-    """Count opening brackets, those in strings included; in a long document only until there are more than enough."""
-    if len(document) < _LONG:
-        return document.count(b"{") + document.count(b"[")
+    """Count opening brackets, those in strings included, until there are more than enough.
+
+    Searching costs by the bracket, of which most documents have few; counting would cost by the byte.
+    """
     found = 0
     for bracket in (b"{", b"["):
         at = document.find(bracket)

@@ -63,10 +63,7 @@ class Histogram(msgspec.Struct, frozen=True):
     help: str
     bounds: tuple[float, ...]
     at: int
-
-    @property
-    def sum_at(self) -> int:
-        return self.at + len(self.bounds) + 1
+    sum_at: int
 
 
 class Counter(msgspec.Struct, frozen=True):
@@ -79,7 +76,7 @@ class Counter(msgspec.Struct, frozen=True):
 
 def _histograms(at: int, *described: tuple[str, str, tuple[float, ...]]) -> Iterator[Histogram]:
     for name, text, bounds in described:
-        histogram = Histogram(name, text, bounds, at)
+        histogram = Histogram(name, text, bounds, at, at + len(bounds) + 1)
         yield histogram
         at = histogram.sum_at + 1
 

@@ -25,9 +25,12 @@ class Names(msgspec.Struct, frozen=True):
 
     def model(self, name: str) -> str:
         """Return the one model that a name stands for, or the name itself where it stands for none or several."""
-        target = self.aliases.get(name, name)
-        target = target if isinstance(target, str) else target.model or name
-        return target if target == name or target in self.models else self.model(target)
+        found, seen = name, set[str]()
+        while found not in self.models and found in self.aliases and found not in seen:
+            seen.add(found)
+            target = self.aliases[found]
+            found = target if isinstance(target, str) else target.model or found
+        return found if found in self.models else name
 
     def models_of(self, step: str) -> tuple[str, ...]:
         """Return the models that a step of a chain stands for: several where it is a group."""

@@ -35,10 +35,10 @@ class Exchange:
     """
 
     __slots__ = (
-        "_account", "_answer", "_begun", "_breaker", "_broken", "_clock", "_closed", "_error", "_first", "_lease",
-        "_mark", "_overhead", "_prices", "_shared", "_sink", "_status", "_streamed", "_ticket", "_under_way", "_usd",
-        "_whole", "alias", "attempts", "cache", "endpoint", "key_id", "level", "model", "on_prompt", "operation",
-        "request_id", "resumed", "shows_cost", "source",
+        "_account", "_answer", "_begun", "_breaker", "_broken", "_charged", "_clock", "_closed", "_error", "_first",
+        "_lease", "_mark", "_overhead", "_prices", "_shared", "_sink", "_status", "_streamed", "_ticket", "_under_way",
+        "_usd", "_whole", "alias", "attempts", "cache", "endpoint", "key_id", "level", "model", "on_prompt",
+        "operation", "request_id", "resumed", "shows_cost", "source",
     )  # fmt: skip
 
     def __init__(
@@ -75,7 +75,8 @@ class Exchange:
         self._overhead = 0.0
         # How it goes:
         self._status = 0
-        self._usd: float | None = None  # once it is known
+        self._charged = False  # from when on it is known what it costs, or that nobody knows
+        self._usd: float | None = None
         self._broken: tuple[tuple[str, str], ...] = ()  # model and endpoint of streams that went on elsewhere
         self._error: str | None = None
         self._streamed = False
@@ -172,7 +173,8 @@ class Exchange:
         Of a stream that went on elsewhere, the tokens of all its engines are in its usage, but that each engine has
         read the prompt is not.
         """
-        if self._usd is None:
+        if not self._charged:
+            self._charged = True
             self._usd = self._charge(self._account.tally.usage if self._account else None)
         return self._usd
 
@@ -259,7 +261,7 @@ class Exchange:
             self._under_way,
             self.level,
             self.resumed,
-            self._charge(usage) if self._usd is None else self._usd,
+            self._usd if self._charged else self._charge(usage),
             self.attempts,
             self.alias,
             self.key_id,

@@ -42,6 +42,11 @@ class Reply:
     would cost as much as all the reading. When the body breaks, `mend` says how it goes on.
     """
 
+    __slots__ = (
+        "_account", "_accounts", "_awaits_token", "_exchange", "_splice", "body", "change", "continuation", "document",
+        "has_moved", "headers", "is_event_stream", "mending", "opening", "status",
+    )  # fmt: skip
+
     def __init__(
         self,
         exchange: Exchange,

@@ -29,7 +29,9 @@ HEALTHS: tuple[Health, ...] = ("ready", "starting", "down")
 _RANK: dict[Kind, int] = {"fast_cheap": 0, "balanced": 1, "advanced": 2, "specialized": 1}
 _QUALITY: dict[Kind, float] = {"fast_cheap": 5.0, "balanced": 7.0, "advanced": 9.0, "specialized": 8.0}
 _SPEED = 5.0  # of a model of which nothing is known
-_BELOW, _ABOVE = 0.5, 0.25  # what each step costs that a kind is below, or above, the one that is wanted
+# What each step costs that a kind is away from the one that is wanted, on the side that is the better one of the two:
+# above it, or for what is simple below it; and on the other.
+_NEAR, _FAR = 0.25, 0.5
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -85,9 +87,9 @@ class Plan(msgspec.Struct, frozen=True):
         f = self.features
         measured = f.level if f.complexity is None else f"{f.level} ({f.complexity:.2f})"
         if not self.models:
-            return f"{measured} {f.task}: nothing can serve it"
+            return f"{measured} {f.task}: none of the candidates can serve it"
         if len(self.options) == 1:
-            return f"{measured} {f.task}: it was asked for by name"
+            return f"{measured} {f.task}: there is no other to choose from"
         budget = "" if f.budget_limit is None else f" within {f.budget_limit:g} USD"
         return f"{measured} {f.task}{budget}: {_AIMS[self.prefer]}" + (f", {self.wanted}" if self.wanted else "")
 
@@ -258,7 +260,7 @@ def score(
     """
     speed = _known_speed(candidate)
     parts = (
-        (weights.kind, _fit(candidate.traits, features.task, wanted)),
+        (weights.kind, _fit(candidate.traits, features, wanted)),
         (weights.task, float(features.task in candidate.traits.tasks)),
         (weights.quality, _known_quality(candidate) / 10),
         (weights.cost, _cheapness(usd, cheapest)),
@@ -268,17 +270,18 @@ def score(
     return round(sum(weight * part for weight, part in parts) / total, 6) if total else 0.0
 
 
-def _fit(traits: Traits, task: str, wanted: Kind | None) -> float:
+def _fit(traits: Traits, features: Features, wanted: Kind | None) -> float:
     """Say how near a model comes to the kind that is wanted. What is specialised in the task is never above it."""
     if wanted is None:
         return 0.0
-    special = task in traits.tasks
+    special = features.task in traits.tasks
     if traits.kind == "specialized" and special:
         return 1.0
     steps = _RANK[traits.kind] - _RANK[wanted]
-    if steps >= 0:
-        return 1.0 if special else 1.0 - _ABOVE * steps
-    return 1.0 + _BELOW * steps
+    if steps > 0 and special:
+        return 1.0
+    near = (steps < 0) == (features.level == "simple")
+    return 1.0 - (_NEAR if near else _FAR) * abs(steps)
 
 
 def _cheapness(usd: float | None, cheapest: float | None) -> float:

@@ -83,10 +83,13 @@ WEIGHTS = {"translation": 4, "classification": 3, "code": 2, "creative": 2}
 
 
 class Task(msgspec.Struct, frozen=True):
-    """A kind of task and what it is known by. weight: what one match counts."""
+    """A kind of task and what it is known by. weight: what one match counts.
+
+    patterns: each with the letters that a text must have for it to match, None where nobody says.
+    """
 
     name: str
-    patterns: tuple[re.Pattern[str], ...]
+    patterns: tuple[tuple[re.Pattern[str] | None, re.Pattern[str]], ...]
     weight: int = 1
 
 
@@ -110,9 +113,21 @@ def tasks(extra: Mapping[str, Sequence[str]] | None = None) -> tuple[Task, ...]:
         raise BadPattern(("tasks",), f"{len(extra)} tasks; at most {MAX_TASKS} may be given")
     checked = {name: _checked(name, patterns) for name, patterns in extra.items()}
     return tuple(
-        Task(name, (*map(re.compile, PATTERNS.get(name, ())), *checked.get(name, ())), WEIGHTS.get(name, 1))
+        Task(
+            name,
+            (*map(_shipped, PATTERNS.get(name, ())), *((None, pattern) for pattern in checked.get(name, ()))),
+            WEIGHTS.get(name, 1),
+        )
         for name in {**PATTERNS, **extra}
     )
+
+
+# A shipped pattern with such letters has them in each of its alternatives, so that most texts need not be searched.
+_SCRIPTS = (re.compile("[а-яё]"), re.compile("[\u3040-\u30ff\u3400-\u9fff]"))
+
+
+def _shipped(pattern: str) -> tuple[re.Pattern[str] | None, re.Pattern[str]]:
+    return next((script for script in _SCRIPTS if script.search(pattern)), None), re.compile(pattern)
 
 
 def names(extra: Iterable[str] = ()) -> tuple[str, ...]:
@@ -124,9 +139,10 @@ def classify(text: str, table: Iterable[Task]) -> str:
     """Return the name of the task that a text asks for, `general` where no pattern matches."""
     ends = text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]}\n{text[-_TAIL:]}"
     text = unicodedata.normalize("NFKC", ends).lower()
+    absent = [script for script in _SCRIPTS if not script.search(text)]
     best, most = GENERAL, 0
     for task in table:
-        score = task.weight * _matches(text, task)
+        score = task.weight * _matches(text, task, absent)
         if score > most:
             best, most = task.name, score
     return best
@@ -144,14 +160,15 @@ def last_user_text(messages: Iterable[Mapping[str, Any]]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _matches(text: str, task: Task) -> int:
-    """Return how many different texts the patterns of a task match."""
+def _matches(text: str, task: Task, absent: Sequence[re.Pattern[str]]) -> int:
+    """Return how many different texts the patterns of a task match. absent: scripts that the text has no letter of."""
     found: set[str] = set()
-    for pattern in task.patterns:
-        for match in pattern.finditer(text):
-            found.add(match.group())
-            if len(found) == _ENOUGH:
-                return _ENOUGH
+    for script, pattern in task.patterns:
+        if script is None or script not in absent:
+            for match in pattern.finditer(text):
+                found.add(match.group())
+                if len(found) == _ENOUGH:
+                    return _ENOUGH
     return len(found)
 
 

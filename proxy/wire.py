@@ -78,9 +78,10 @@ def set_model(document: bytes, name: str) -> bytes:
     `model` is the one at the top, or, where the top has none, that of the `response` or `message` it wraps
     (as the events of /v1/responses and /v1/messages do). A document without any is returned as it is.
     """
-    if document.count(b'"model"') == 1 and any(said in document for said in _said(name)):
+    first = document.find(b'"model"')
+    if document.startswith(_said(name), first) and document.find(b'"model"', first + 7) < 0:
         return document
-    match = _MODEL.match(document, max(document.find(b'"model"'), 0)) or _MODEL.search(document)
+    match = _MODEL.match(document, max(first, 0)) or _MODEL.search(document)
     if match is None:
         return document
     # One brace before it and no other `model` key behind it: it is the top one. An unescaped `"model"` can

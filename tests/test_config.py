@@ -9,11 +9,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import config
+from proxy import complexity, config
 from proxy.cache.settings import CacheSettings
 from proxy.config import Loaded, Secret
 from proxy.cost import Price
 from proxy.errors import ConfigError
+from proxy.rules import WEIGHTS
 from proxy.traits import Traits
 
 SHIPPED = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
@@ -85,6 +86,9 @@ def test_a_remote_model_gives_no_engine(load):
         (LOCAL + "aliases:\n  gpt: smal\n", 7, ["aliases.gpt", "no model 'smal'", "did you mean 'small'"]),
         (LOCAL + "aliases:\n  small: small\n", 7, ["aliases.small", "a model has this name"]),
         (LOCAL + "aliases:\n  a: small\n  b: a\n", 8, ["aliases.b", "itself an alias", "'small'"]),
+        (LOCAL + "aliases:\n  a: b\n  b: a\n", 7, ["aliases.a", "'b' is itself an alias"]),
+        (LOCAL + "aliases:\n  a: p\n  p: {model: q}\n  q: {model: p}\n", 7, ["aliases.a", "itself an alias"]),
+        (LOCAL + "aliases:\n  p: {model: q}\n  q: {model: p}\n", 7, ["aliases.p.model", "itself a preset"]),
         (LOCAL + "aliases:\n  a: [small]\n", 7, ["aliases.a", "expected `str`"]),
         ("models:\n  m: {}\n", 2, ["models.m", "engine", "endpoints"]),
         ("models:\n  m: {engine: {}}\n", 2, ["models.m.engine", "weights", "simulator"]),
@@ -310,6 +314,21 @@ def test_the_traits_of_a_model_are_read_for_local_and_cloud_models_alike(load):
         modalities=("text", "image"), region="eu",
     )  # fmt: skip
     assert models["cloud"].traits() == Traits(kind="fast_cheap")
+
+
+def test_a_model_of_complexity_is_found_beside_the_file_and_must_be_one(load, refusal, tmp_path):
+    (tmp_path / "fitted.json").write_bytes(complexity.SHIPPED.read_bytes())
+    text = "routing:\n  complexity_model: fitted.json\n"
+    assert load(text).config.routing.complexity_model == str(tmp_path / "fitted.json")
+    (tmp_path / "fitted.json").write_text("{}")
+    assert "polyvox.yaml:2: routing.complexity_model: " in refusal(text)
+    assert "No such file" in refusal("routing:\n  complexity_model: other.json\n")
+
+
+def test_weights_replace_the_shipped_ones_one_by_one(load):
+    weights = load("routing: {weights: {cost: {quality: 0.5}}}").config.routing.weighing()
+    assert (weights["cost"].quality, weights["cost"].cost) == (0.5, WEIGHTS["cost"].cost)
+    assert weights["balanced"] == WEIGHTS["balanced"]
 
 
 def test_a_key_may_be_for_some_models_only_and_stays_a_secret(load):

@@ -101,3 +101,13 @@ def test_labels_that_are_no_good_are_refused(route, tmp_path, rows, message):
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "never.json").exists()
+
+
+def test_an_option_that_there_is_not_is_named(route):
+    done = route("--scor", "file")
+    assert done.returncode == 2
+    assert "--scor" in done.stderr
+
+
+def test_an_option_for_scores_does_not_go_with_a_prompt(route):
+    assert route("--score", "-", "hi").returncode == 2

@@ -1,5 +1,7 @@
 """Telling tasks apart."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,3 +79,29 @@ def test_a_pattern_that_is_no_good_is_refused_by_name(extra, message):
 )
 def test_the_task_is_read_from_the_last_turn_of_the_user(messages, text):
     assert tasks.last_user_text(messages) == text
+
+
+@pytest.mark.parametrize("pattern", [p for patterns in tasks.PATTERNS.values() for p in patterns])
+def test_a_pattern_of_a_script_has_its_letters_in_each_alternative(pattern):
+    """So that a text without such letters need not be searched for it."""
+    script = next((s for s in (r"[а-яё]", r"[\u3040-\u30ff\u3400-\u9fff]") if re.search(s, pattern)), None)
+    alternatives = _alternatives(re._parser.parse(pattern))
+    assert script is None or all(re.search(script, text) for text in alternatives)
+
+
+def _alternatives(parsed) -> list[str]:
+    """The literal letters of each way through a pattern, as far as branches at the outermost two levels go."""
+    found = [""]
+    for op, value in parsed:
+        name = str(op)
+        if name == "LITERAL":
+            found = [text + chr(value) for text in found]
+        elif name == "BRANCH":
+            found = [text + more for text in found for branch in value[1] for more in _alternatives(branch)]
+        elif name == "SUBPATTERN":
+            found = [text + more for text in found for more in _alternatives(value[-1])]
+        elif name == "MAX_REPEAT" and value[0] > 0:
+            found = [text + more for text in found for more in _alternatives(value[2])]
+        elif name == "IN" and all(str(kind) == "LITERAL" for kind, _ in value):
+            found = [text + chr(letter) for text in found for _, letter in value]
+    return found

@@ -36,6 +36,7 @@ class Purge(msgspec.Struct, frozen=True):
     prefix: bytes = b""
 
 
+ALL = Purge()
 _HEX = re.compile(f"([0-9a-f]{{2}}){{0,{KEY_BYTES}}}").fullmatch
 
 
@@ -58,7 +59,7 @@ def parse(asked: Mapping[str, str], model_called: Callable[[str], str]) -> Purge
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What the caches of all workers hold and have done. hit_rate: of requests that asked them, joined ones included."""
+    """What the caches of all workers hold and have done. hit_rate: of requests that looked, with those that joined."""
 
     entries: int
     bytes: int
@@ -109,7 +110,9 @@ class Bulletin:
         sums = [sum(column) for column in zip(*self._each(), strict=True)]
         held, (hit, miss, bypass, joined) = sums[:4], sums[4 : 4 + len(CACHE_RESULTS)]
         asked = hit + joined + miss
-        return Report(*held, hit, miss, bypass, joined, (hit + joined) / asked if asked else None)
+        entries, size, stored, evicted = held
+        rate = (hit + joined) / asked if asked else None
+        return Report(entries, size, stored, evicted, hit, miss, bypass, joined, rate)
 
     def _each(self) -> list[tuple[int, ...]]:
         return [_ROW.unpack_from(self._memory, self._rows + i * _ROW.size) for i in range(self._workers)]
@@ -137,7 +140,7 @@ class Bulletin:
         """Return the purges that this worker has not applied."""
         count = self._counted[0]
         if count - self.applied > _ROOM:
-            return [Purge()]
+            return [ALL]
         return [self._purge(number) for number in range(self.applied, count)]
 
     def _purge(self, number: int) -> Purge:

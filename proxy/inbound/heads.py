@@ -50,10 +50,11 @@ def split_target(target: bytes) -> tuple[bytes, str, bytes]:
 
 def encode(status: int, headers: Headers) -> bytes:
     """Return the head of an answer. Raise ValueError where a header would be more than one line."""
-    head = b"%b\r\n%b\r\n\r\n" % (_status_line(status), b"\r\n".join(map(b": ".join, headers)))
-    if not head.count(b"\n") == head.count(b"\r") == len(headers) + 2:
+    lines = list(map(b": ".join, headers))
+    text = b"".join(lines)
+    if b"\n" in text or b"\r" in text:
         raise ValueError("a header of an answer has a line break")
-    return head
+    return b"\r\n".join((_status_line(status), *lines, b"\r\n"))
 
 
 def refusal(error: RequestError) -> bytes:

@@ -50,6 +50,11 @@ class Line(Protocol):
 class Turn:
     """One request and its answer, as ASGI sees them."""
 
+    __slots__ = (
+        "_abandoned", "_body", "_chunked", "_complete", "_connection", "_head", "_held", "_missing", "_scope", "_taken",
+        "_waiter", "_when_gone", "_whole", "begun", "keep_alive", "task",
+    )  # fmt: skip
+
     def __init__(self, connection: Line, scope: dict[str, Any], *, keep_alive: bool) -> None:
         self._connection = connection
         self._scope = scope

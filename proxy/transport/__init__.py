@@ -21,6 +21,8 @@ _LOOKED_AT = _FRAMING | {b"connection"}
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 _FORBIDDEN = re.compile(rb"[\r\n\0]").search
 _TARGET = re.compile(rb"/[!-~\x80-\xff]*").fullmatch
+_BROKEN = "the value of a header has a line break or NUL"
+_LONG = 256  # bytes of a value; longer ones are not kept
 _LENGTH = re.compile(rb"[0-9]{1,18}").fullmatch
 
 
@@ -123,9 +125,30 @@ def forwardable(headers: Headers) -> Headers:
     """
     kept = [(lower, value) for name, value in headers if (lower := _request_name(name))]
     if _FORBIDDEN(b"".join([value for _, value in kept])):
-        raise InvalidRequest("the value of a header has a line break or NUL")
+        raise InvalidRequest(_BROKEN)
     connection = [value for name, value in headers if len(name) == 10 and name.lower() == b"connection"]
     return _without(kept, connection) if connection else kept
+
+
+def request_lines(headers: Headers) -> list[bytes]:
+    """Return what `forwardable` does, as lines without their ends. Most come again with every request, and are kept."""
+    lines = [_line(name, value) if len(value) < _LONG else _make_line(name, value) for name, value in headers]
+    if None in lines:  # Connection names headers that do not go
+        return list(map(b": ".join, forwardable(headers)))
+    return [line for line in lines if line]
+
+
+def _make_line(name: bytes, value: bytes) -> bytes | None:
+    """Return b"" for a header that is not sent, None for Connection."""
+    lower = _request_name(name)
+    if not lower:
+        return None if name.lower() == b"connection" else b""
+    if _FORBIDDEN(value):
+        raise InvalidRequest(_BROKEN)
+    return b"%b: %b" % (lower, value)
+
+
+_line = lru_cache(maxsize=1024)(_make_line)
 
 
 def check_head(status: int, raw: Headers) -> Head:

@@ -26,7 +26,7 @@ from proxy.errors import (
     TruncatedAnswer,
     UpstreamError,
 )
-from proxy.transport import Body, Headers, Timeouts, check_head, check_target, forwardable
+from proxy.transport import Body, Headers, Timeouts, check_head, check_target, request_lines
 
 _READ_SIZE = 16 * 1024  # bytes taken from a socket at once; uvloop takes 256 KiB, which slow readers make us hold
 _HIGH_WATER = 16 * 1024  # bytes of a body held for a slow reader before we stop reading from the socket
@@ -56,6 +56,11 @@ class Request(msgspec.Struct, frozen=True, gc=False):
 
 class LocalAnswer:
     """See proxy.transport.Answer."""
+
+    __slots__ = (
+        "_between_bytes", "_chunks", "_connection", "_error", "_pause", "_size", "_waiter", "_whole", "headers",
+        "status",
+    )  # fmt: skip
 
     def __init__(self, connection: "Connection", timeouts: Timeouts) -> None:
         # Mutable state: status and headers, 0 and [] until the head is there; the connection, None once
@@ -473,7 +478,7 @@ class LocalTransport:
         await asyncio.sleep(0)  # the event loop closes the sockets in its next turn
 
     def _request(self, method: bytes, path: bytes, headers: Headers, body: Body) -> Request:
-        lines = [_start(method, path, self._host), *map(b": ".join, forwardable(headers))]
+        lines = [_start(method, path, self._host), *request_lines(headers)]
         lines.append(b"content-length: %d\r\n\r\n" % len(body) if isinstance(body, bytes) else _CHUNKED)
         return Request(b"\r\n".join(lines), body, method == b"HEAD")
 

@@ -5,8 +5,10 @@ import asyncio
 import httpx2
 import pytest
 
+from proxy.auth import key_id
 from proxy.cache.settings import CacheRule, CacheSettings
-from proxy.config import ApiKey, Config, EndpointSettings, ModelSettings, Server
+from proxy.config import ApiKey, Config, EndpointSettings, ModelSettings, Secret, Server
+from proxy.cost import Price
 from tests.fakes.one_worker import JSON, Proxy, document, events, proxying, text_of
 from tests.fakes.scripted_upstream import Step, chunked, ok, upstream
 
@@ -304,3 +306,97 @@ async def asking(proxy: Proxy, wish: dict[str, dict[str, object]]) -> httpx2.Res
     return await proxy.client.post(
         "/v1/chat/completions", json=body | wish.get("fields", {}), headers=wish.get("headers", {})
     )
+
+
+ADMIN = {"authorization": "Bearer admin-key"}
+SECURE = Server(api_keys=(ApiKey("one-key"), ApiKey("two-key")), admin_keys=(Secret("admin-key"),))
+
+
+def test_an_admin_sees_and_drops_what_is_kept() -> None:
+    async def scenario() -> None:
+        async with upstream([whole("1")]) as up, proxying(config(up.address, server=SECURE)) as proxy:
+            keys = {}
+            for secret in ("one-key", "two-key", "one-key"):
+                proxy.client.headers["authorization"] = f"Bearer {secret}"
+                keys[secret] = (await ask(proxy)).headers["x-polyvox-cache-key"]
+            report = (await proxy.client.get("/admin/cache", headers=ADMIN)).json()
+            assert (report["entries"], report["hit"], report["miss"], report["stored"]) == (2, 1, 2, 2)
+            assert report["hit_rate"] == pytest.approx(1 / 3)
+
+            async def drop(**asked: str) -> int:
+                answer = await proxy.client.delete("/admin/cache", params=asked, headers=ADMIN)
+                return answer.json()["purged"]
+
+            assert keys["one-key"][:16] == key_id(b"one-key")
+            assert await drop(key_prefix=keys["one-key"][:16]) == 1
+            assert (said(await ask(proxy)), await drop(model="a"), said(await ask(proxy))) == ("miss", 2, "miss")
+            assert await drop() == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "param"),
+    [
+        ({"model": "nothing"}, 404, "model"),
+        ({"key_prefix": "xyz"}, 400, "key_prefix"),
+        ({"key_prefix": "abc"}, 400, "key_prefix"),
+        ({"modle": "m"}, 400, "modle"),
+    ],
+)
+def test_what_cannot_be_dropped_is_named(asked: dict[str, str], status: int, param: str) -> None:
+    async def scenario() -> None:
+        async with proxying(config("http://127.0.0.1:1", server=SECURE)) as proxy:
+            answer = await proxy.client.delete("/admin/cache", params=asked, headers=ADMIN)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+            assert (await proxy.client.get("/admin/cache")).status_code == 401
+
+    run(scenario())
+
+
+def test_what_the_cache_saves_is_counted() -> None:
+    async def scenario() -> None:
+        async with upstream([whole("1")]) as up:
+            endpoint = EndpointSettings(base_url=f"{up.address}/v1")
+            model = ModelSettings(endpoints=(endpoint,), price=Price(input=1_000_000.0, output=2_000_000.0))
+            async with proxying(Config(models={"m": model})) as proxy:
+                first, second = await ask(proxy), await ask(proxy)
+                assert (float(first.headers["x-polyvox-cost"]), float(second.headers["x-polyvox-cost"])) == (5.0, 0.0)
+                options = {"include_usage": True, "include_cost": True}
+                streamed = await ask(proxy, stream=True, stream_options=options)
+                assert '"cost":0.0' in streamed.text
+                page = proxy.page()
+                assert page.value("polyvox_cache_saved_usd_total") == 10.0
+                assert page.value("polyvox_cost_usd_total") == 5.0
+                assert page.value("polyvox_cache_entries") == 1
+                assert page.value("polyvox_cache_stores_total") == 1
+
+    run(scenario())
+
+
+def test_a_kept_answer_can_be_given_at_a_pace() -> None:
+    async def scenario() -> None:
+        async with upstream([whole("one two three")]) as up, proxying(config(up.address)) as proxy:
+            await ask(proxy)
+            paced = await ask(proxy, stream=True, cache={"pace": 1000})
+            assert said(paced) == "hit"
+            assert text_of(paced.text) == "one two three"
+            assert paced.text.count('"content":') == 4
+
+    run(scenario())
+
+
+def test_an_answer_of_a_model_of_the_chain_is_not_kept_as_that_of_the_first() -> None:
+    async def scenario() -> None:
+        bad = ok(b"{}", status=b"500 Internal Server Error")
+        async with upstream([bad], [whole("mine")]) as first, upstream([whole("other")]) as second:
+            models = {
+                name: ModelSettings(endpoints=(EndpointSettings(base_url=f"{up.address}/v1"),))
+                for name, up in (("m", first), ("n", second))
+            }
+            async with proxying(Config(models=models, fallbacks={"m": ("n",)})) as proxy:
+                assert "other" in (await ask(proxy)).text
+                again = await ask(proxy)
+                assert (said(again), "mine" in again.text) == ("miss", True)
+
+    run(scenario())

@@ -193,7 +193,7 @@ def test_a_stream_that_goes_on_elsewhere_goes_on_for_all_and_is_not_kept() -> No
                     assert text_of(begun[1] + await rest(second)) == "one two"
                 assert len(good.requests) == 1
                 assert proxy.cached
-                assert (await proxy.cached.report()).entries == 0
+                assert proxy.cached.sums().entries == 0
 
     run(scenario())
 

@@ -38,11 +38,11 @@ class Wire:
     tls: ssl.SSLContext | None = None
     http2: bool = False
 
-    def run(self, story: Coroutine[Any, Any, Any]) -> Any:
-        """Run a story to its end on this wire's kind of event loop."""
+    def run(self, story: Coroutine[Any, Any, Any], seconds: float = 2 * DEADLINE) -> Any:
+        """Run a story to its end, which comes within so many seconds, on this wire's kind of event loop."""
         factory = uvloop.new_event_loop if self.fast_loop else asyncio.new_event_loop
         with asyncio.Runner(loop_factory=factory) as runner:
-            return runner.run(asyncio.wait_for(story, 2 * DEADLINE))
+            return runner.run(asyncio.wait_for(story, seconds))
 
     def transport(self, address: str, *, connections: int = 1000, idle: int = 100) -> Transport:
         if self.local:

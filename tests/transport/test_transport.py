@@ -605,7 +605,7 @@ def test_a_thousand_abandoned_exchanges_leave_nothing(wire: Wire) -> None:
 
 @pytest.mark.parametrize("wire", ["local-tcp-uvloop", "cloud-http2"], indirect=True)
 def test_ten_thousand_abandoned_exchanges_leave_nothing(wire: Wire) -> None:
-    wire.run(abandon(wire, 10_000))
+    wire.run(abandon(wire, 10_000), seconds=120)
 
 
 async def abandon(wire: Wire, exchanges: int) -> None:
