@@ -5,6 +5,7 @@
     POST /engines/load|unload|restart                    -> FleetStatus  {"model", "replica": null, "wait": false}
     GET  /engines/logs?engine=ID&lines=200&follow=false  -> text
     GET  /reports/NAME                                   -> what somebody else reports: JSON
+    POST /services/NAME                                  -> what somebody else does: JSON
 
 Errors: {"error": {"message", "code"}}; 400 bad request, 404 unknown engine, 409 not in this state.
 """
@@ -13,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -33,6 +34,8 @@ _JSON: Final = "application/json"
 _MOST_LINES: Final = 100_000
 
 Reports = Mapping[str, Callable[[], bytes]]
+Service = Callable[[bytes], Awaitable[tuple[int, bytes]]]  # the body of a request -> status and JSON
+Services = Mapping[str, Service]
 
 
 class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,10 +46,15 @@ class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait: bool = False
 
 
-async def serve_control(supervisor: Supervisor, path: Path, reports: Reports | None = None) -> None:
-    """Serve the control API on a unix socket of this user, until cancelled. reports: what makes the JSON of a name."""
+async def serve_control(
+    supervisor: Supervisor, path: Path, reports: Reports | None = None, services: Services | None = None
+) -> None:
+    """Serve the control API on a unix socket of this user, until cancelled.
+
+    reports: what makes the JSON of a name. services: what does as a name says, which may take a while.
+    """
     # The framework takes half a second to import: not in the way of the engines' start.
-    app = await asyncio.to_thread(build_app, supervisor, reports or {})
+    app = await asyncio.to_thread(build_app, supervisor, reports or {}, services or {})
     listener = _listen(path)
     try:
         await _serve(app, listener)
@@ -91,7 +99,7 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def build_app(supervisor: Supervisor, reports: Reports) -> "Litestar":
+def build_app(supervisor: Supervisor, reports: Reports, services: Services) -> "Litestar":
     """Return the ASGI application of the control API."""
     from litestar import Litestar, Request, Response, get, post
     from litestar.exceptions import HTTPException
@@ -128,6 +136,16 @@ def build_app(supervisor: Supervisor, reports: Reports) -> "Litestar":
         count = min(max(lines, 0), _MOST_LINES)
         return Stream(follow_log(path, count) if follow else _log_text(path, count), media_type="text/plain")
 
+    others = _offered(reports, services)
+    handlers = [fleet, watch, logs, *others, command("load"), command("unload"), command("restart")]
+    known = dict.fromkeys((UnknownEngine, IllegalMove, HTTPException, Exception), refuse)
+    return Litestar(handlers, exception_handlers=known, openapi_config=None, logging_config=None)  # type: ignore
+
+
+def _offered(reports: Reports, services: Services) -> list[object]:
+    """Return the handlers of what others report and do."""
+    from litestar import Request, Response, get, post
+
     def report(name: str, make: Callable[[], bytes]) -> object:
         @get(f"/reports/{name}", name=f"report-{name}")
         async def handler() -> Response[bytes]:
@@ -135,10 +153,16 @@ def build_app(supervisor: Supervisor, reports: Reports) -> "Litestar":
 
         return handler
 
+    def service(name: str, serve: Service) -> object:
+        @post(f"/services/{name}", name=f"service-{name}")
+        async def handler(request: Request) -> Response[bytes]:  # type: ignore[type-arg]
+            status, answer = await serve(await request.body())
+            return Response(answer, status_code=status, media_type=_JSON)
+
+        return handler
+
     told = [report(name, make) for name, make in reports.items()]
-    handlers = [fleet, watch, logs, *told, command("load"), command("unload"), command("restart")]
-    known = dict.fromkeys((UnknownEngine, IllegalMove, HTTPException, Exception), refuse)
-    return Litestar(handlers, exception_handlers=known, openapi_config=None, logging_config=None)  # type: ignore
+    return told + [service(name, serve) for name, serve in services.items()]
 
 
 async def carry_out(supervisor: Supervisor, command: Command, wish: Wish) -> None:

@@ -101,6 +101,10 @@ class ControlClient:
         """Return what the server reports under a name, as JSON."""
         return (await self._request("GET", f"/reports/{name}", None)).content
 
+    async def service(self, name: str) -> bytes:
+        """Have the server do what it offers under a name; return what it says, as JSON."""
+        return (await self._request("POST", f"/services/{name}", {})).content
+
     async def _command(self, command: str, model: str, replica: int | None, wait: bool) -> FleetStatus:
         body = {"model": model, "replica": replica, "wait": wait}
         return await self._fleet("POST", f"/engines/{command}", body)

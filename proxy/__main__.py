@@ -97,7 +97,7 @@ def list_engines(as_json: bool, state_dir: Path | None, data_dir: Path | None) -
     """List every engine with its state."""
     import msgspec
 
-    fleet = _ask(state_dir, data_dir, lambda client: client.fleet())
+    fleet = _fleet(state_dir, data_dir)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(fleet), indent=2))
     else:
@@ -153,6 +153,71 @@ def endpoints(as_json: bool, state_dir: Path | None, data_dir: Path | None) -> N
         from proxy.console import show_endpoints
 
         show_endpoints(report)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--config", "-c", type=click.Path(path_type=Path), envvar="POLYVOX_CONFIG", help="Configuration file.")
+@click.option(
+    "--url", help="Ask the server at this URL, as http://HOST:PORT/v1, where MODEL is its name for the model."
+)
+@click.option("--key-env", metavar="NAME", help="The environment variable with the key for --url.")
+@click.option(
+    "--context-spend",
+    type=click.IntRange(0),
+    default=100_000,
+    show_default=True,
+    help="Tokens for trying out the context length of a server that does not say it; 0: do not.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON; progress goes to stderr.")
+@_state_options
+def probe(
+    model: str,
+    config: Path | None,
+    url: str | None,
+    key_env: str | None,
+    context_spend: int,
+    as_json: bool,
+    state_dir: Path | None,
+    data_dir: Path | None,
+) -> None:
+    """Ask what MODEL's server can do with it, and keep that.
+
+    MODEL is a model or alias of the configuration. Its endpoints are asked some twenty short questions, past the
+    proxy. Engines must run. A running server uses what is found within a second or two; see `polyvox models`.
+    """
+    from proxy import probing
+
+    if key_env and not url:
+        raise click.UsageError("--key-env goes with --url")
+    wanted = probing.Wanted(model, url, key_env, context_spend, as_json)
+    paths = StatePaths.resolve(state_dir, data_dir)
+    file = config or default_config()
+    _finish(lambda: probing.main(file, os.environ, paths, wanted, lambda: _fleet(state_dir, data_dir)))
+
+
+@main.command()
+@click.option("--config", "-c", type=click.Path(path_type=Path), envvar="POLYVOX_CONFIG", help="Configuration file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the models as JSON.")
+@_state_options
+def models(config: Path | None, as_json: bool, state_dir: Path | None, data_dir: Path | None) -> None:
+    """List the models of a configuration: kind, context, what they can do as far as it was found out, price.
+
+    The server need not run; if it does, its engines are asked for their state.
+    """
+    from engines.control_client import ControlUnreachable
+    from proxy import listing
+
+    paths = StatePaths.resolve(state_dir, data_dir)
+
+    def show() -> None:
+        try:
+            fleet = asyncio.run(_put(state_dir, data_dir, lambda client: client.fleet()))
+        except ControlUnreachable:
+            fleet = None
+        listing.main(config or default_config(), os.environ, paths, fleet, as_json=as_json)
+
+    _finish(show)
 
 
 class _Route(click.Group):
@@ -219,12 +284,12 @@ def explain_route(
     **said: Any,
 ) -> None:
     """Show which model of the running server would answer PROMPT, every candidate, its score, why it was dropped."""
-    from proxy import asking
+    from proxy import explaining
 
     address = said.pop("url") or _address(state_dir, data_dir)
-    key = said.pop("api_key") or asking.first_key(config or default_config())
-    question = asking.Question(address, key, prompt, model or given or "auto", asking.routing(**said))
-    _finish(lambda: asking.show(asking.ask(question), as_json=as_json))
+    key = said.pop("api_key") or explaining.first_key(config or default_config())
+    question = explaining.Question(address, key, prompt, model or given or "auto", explaining.routing(**said))
+    _finish(lambda: explaining.show(explaining.ask(question), as_json=as_json))
 
 
 def _address(state_dir: Path | None, data_dir: Path | None) -> str:
@@ -291,22 +356,29 @@ def default_config() -> Path:
 
 
 def _ask(state_dir: Path | None, data_dir: Path | None, question: Callable[[Any], Awaitable[Any]]) -> Any:
-    """Put a question to the running server's supervisor."""
-    from engines.control_client import ControlClient, ControlRefused, ControlUnreachable
+    """Put a question to the running server's supervisor; say so where there is none."""
+    from engines.control_client import ControlRefused, ControlUnreachable
     from proxy.console import fail
 
-    async def ask() -> Any:
-        async with ControlClient(StatePaths.resolve(state_dir, data_dir).control_socket) as client:
-            return await question(client)
-
     try:
-        return asyncio.run(ask())
+        return asyncio.run(_put(state_dir, data_dir, question))
     except ControlUnreachable as e:
         raise fail(str(e), UNREACHABLE) from None
     except ControlRefused as e:
         raise fail(str(e), FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+async def _put(state_dir: Path | None, data_dir: Path | None, question: Callable[[Any], Awaitable[Any]]) -> Any:
+    from engines.control_client import ControlClient
+
+    async with ControlClient(StatePaths.resolve(state_dir, data_dir).control_socket) as client:
+        return await question(client)
+
+
+def _fleet(state_dir: Path | None, data_dir: Path | None) -> Any:
+    return _ask(state_dir, data_dir, lambda client: client.fleet())
 
 
 def _show(fleet: Any) -> None:

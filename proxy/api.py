@@ -37,7 +37,7 @@ from proxy.ledger.recorder import Both
 from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
 from proxy.prices import Prices
-from proxy.registry import BEST_FIRST, Model, Preset, Registry
+from proxy.registry import BEST_FIRST, Ensemble, Model, Preset, Registry
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.telemetry import OPERATIONS, OTHER, Sink
@@ -283,6 +283,8 @@ class Api:
 
     def _card(self, registry: Registry, name: str, only: frozenset[str] | None) -> dict[str, Any]:
         target = registry.resolve(name, only)
+        if isinstance(target, Ensemble):
+            return self._card_of_ensemble(registry, target)
         of = target.of if isinstance(target, Preset) else target
         models = [of] if isinstance(of, Model) else [registry.models[member] for member in of.members]
         best = min(models, key=lambda model: BEST_FIRST.index(model.state), default=None)
@@ -296,6 +298,22 @@ class Api:
             "parent": None,
             "max_model_len": max(contexts, default=None),
             "state": best.state if best else "stopped",
+        }
+
+    def _card_of_ensemble(self, registry: Registry, ensemble: Ensemble) -> dict[str, Any]:
+        """What its members have in common: as long a context as the shortest of them, and whether enough are ready."""
+        cards = [self._card(registry, member, None) for member in ensemble.settings.members]
+        enough = sum(card["state"] == "ready" for card in cards) >= ensemble.settings.quorum
+        return {
+            "id": ensemble.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "polyvox",
+            "root": ensemble.name,
+            "parent": None,
+            "max_model_len": min((c["max_model_len"] for c in cards if c["max_model_len"]), default=None),
+            "state": "ready" if enough else "starting",
+            "members": [*ensemble.settings.members],
         }
 
 

@@ -17,6 +17,7 @@ from proxy.caching import make_cached
 from proxy.capabilities import Folder
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.discovery import Discovery
 from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
@@ -89,6 +90,9 @@ class Worker:
             self._following.append(asyncio.create_task(watch_fleet(self._sources, self._supervisor)))
         found = watch_findings(self._sources, self._found, self._found_at)
         self._following.append(asyncio.create_task(found))
+        if self._board.is_first and any(m.probe and m.engine for m in self._config.models.values()):
+            discovery = Discovery(self._live, self._transport_to, self._found)
+            self._following.append(asyncio.create_task(discovery.run()))
         if names := self._board.mine():
             gauged = gauging.follow(names, self._live, self._transport_to, self._balancer)
             self._following.append(asyncio.create_task(gauged))
@@ -118,7 +122,7 @@ class Worker:
     def _transport_to(self, endpoint: Endpoint) -> Transport:
         transport = self._transports.get(endpoint.address)
         if transport is None:
-            transport = self._transports[endpoint.address] = _make_transport(endpoint.address)
+            transport = self._transports[endpoint.address] = make_transport(endpoint.address)
         return transport
 
 
@@ -145,7 +149,8 @@ def make_balancer(config: Config, board: Board) -> Balancer:
     return Balancer(config.endpoint_names(), {name: model.balance for name, model in config.models.items()}, board)
 
 
-def _make_transport(address: str) -> Transport:
+def make_transport(address: str) -> Transport:
+    """Return a way to an address: `unix:/path` or `scheme://host:port`."""
     if address.startswith("https:"):
         # Imported here because most servers call no cloud, and it takes longer than the rest of the start.
         from proxy.transport.cloud import CloudTransport

@@ -7,14 +7,16 @@ from typing import Any
 import msgspec
 
 from proxy import accounting, explanation, forbidden, limits, presets, wire, wishes
+from proxy.asking import Placed
 from proxy.cache import wish
 from proxy.cached import Cached, Client, WhenGone
 from proxy.deadline import Deadline
 from proxy.dispatch import Dispatcher, Inquiry
+from proxy.ensemble import FanOut
 from proxy.errors import BadRequest
 from proxy.fallback import Walk
 from proxy.providers import Asked
-from proxy.registry import Model, Preset
+from proxy.registry import Ensemble, Model, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -65,6 +67,8 @@ class Chat:
         3. Find the model, which the router does where there are several; refuse what it may not be asked.
         4. Give an answer that is kept, or that others wait for.
         5. Walk from endpoint to endpoint until one answers, under the name that was asked for.
+
+        An ensemble does 2, 3 and 5 for each of its members.
         """
         kind = content_type(request.headers) if request.path in _FORMS else b""
         form = kind.lower().startswith(b"multipart/form-data")
@@ -74,6 +78,8 @@ class Chat:
         limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
         exchange.alias = envelope.model
         asked = _asked(request, envelope, form=form)
+        if isinstance(target, Ensemble):
+            return await self._together(target, _without(asked, wish.FIELD), request, exchange)
         if isinstance(target, Preset):
             asked, target = _with_preset(asked, target), target.of
         routed = None
@@ -111,6 +117,32 @@ class Chat:
         client = Client(request.deadline, request.when_gone)
         return await self._cached.answer(asked, model, chain, exchange, walk, wish.read(request.headers, field), client)
 
+    async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
+        """Answer a request with several models."""
+        exchange.model = target.name
+        if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
+            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
+        return await FanOut(self._ways, target.settings, asked, exchange, self._place, request.deadline).answer()
+
+    def _place(self, name: str, asked: Asked) -> Placed:
+        """Return where a request goes that an ensemble makes, and what it then is. Raises RequestError."""
+        registry = self._ways.live.current
+        target = registry.resolve(name)
+        if isinstance(target, Preset):
+            asked, target = _with_preset(asked, target), target.of
+        assert not isinstance(target, Ensemble), "the configuration has no ensemble in another"
+        fields = asked.envelope.fields
+        if isinstance(target, Model) and wishes.FIELD not in fields:
+            forbidden.check(fields, target.policy, self._ways.limits)
+            return Placed(asked, target, registry.chains.get(name, ()))
+        routed = self._dispatcher.route(registry, target, Inquiry(asked.path, fields, asked.headers, name))
+        first, *others = routed.models
+        members = () if isinstance(target, Model) else target.members
+        alternatives = tuple(name for name in others if name in members)
+        learn = partial(self._dispatcher.learn, routed.plan.features.tokens)
+        model, chosen = registry.models[first], not isinstance(target, Model)
+        return Placed(_without(asked, wishes.FIELD), model, others, alternatives, chosen, learn)
+
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
         envelope = wire.read_json(request.body, model="auto")
@@ -123,6 +155,12 @@ class Chat:
         if isinstance(target, Preset):
             fields = presets.applied(target, path, dict(envelope.fields))
             envelope, target = msgspec.structs.replace(envelope, fields=fields), target.of
+        if isinstance(target, Ensemble):
+            raise BadRequest(
+                f"model: {target.name!r} is an ensemble, which asks all its members: "
+                f"{', '.join(target.settings.members)}.",
+                param="model",
+            )
         routed = self._dispatcher.consider(registry, target, _inquiry(path, envelope, request))
         return explanation.full(routed.plan, routed.models, envelope.model)
 

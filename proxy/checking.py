@@ -14,6 +14,7 @@ from proxy import config, providers
 from proxy.cache import needs
 from proxy.config import Loaded
 from proxy.console import print_table
+from proxy.ensembles.settings import EnsembleSettings
 from proxy.errors import ConfigError, ServeError
 from proxy.naming import AliasSettings
 
@@ -48,12 +49,20 @@ def _print_remote(loaded: Loaded) -> None:
     if loaded.config.aliases:
         click.echo("\nAliases")
         print_table(("ALIAS", "MODEL"), [(name, _target(to)) for name, to in loaded.config.aliases.items()])
+    if ensembles := loaded.config.ensembles:
+        click.echo("\nEnsembles")
+        told = [(name, e.strategy, _members(e), f"{e.quorum} of {len(e.members)}") for name, e in ensembles.items()]
+        print_table(("ENSEMBLE", "STRATEGY", "MEMBERS", "QUORUM"), told)
 
 
 def _target(to: str | AliasSettings) -> str:
     if isinstance(to, str):
         return to
     return f"{to.model}, as a preset" if to.any_of is None else f"any of {', '.join(to.any_of)}"
+
+
+def _members(ensemble: EnsembleSettings) -> str:
+    return ", ".join(f"{name} x {weight:g}" for name, weight in ensemble.members.items())
 
 
 def _print_engines(loaded: Loaded, launcher: Launcher) -> None:

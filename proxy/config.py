@@ -20,11 +20,15 @@ from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import complexity, media, references, rules, tasks
 from proxy.cache.settings import CacheSettings, Embeddings
 from proxy.cost import Hosting, Price
+from proxy.ensembles.settings import EnsembleSettings
+from proxy.ensembles.settings import faults as ensemble_faults
 from proxy.errors import ConfigError
 from proxy.forbidden import ALLOWABLE
 from proxy.limits import Limits
 from proxy.mistakes import dotted, located, unknown_key
 from proxy.naming import AUTO, AliasSettings
+from proxy.prompts import rendering
+from proxy.prompts.adapters import FAMILIES, AdapterSettings, template_name
 from proxy.references import TASK, Names, no_such
 from proxy.rules import RoutingSettings, Rule
 from proxy.secret import MASK as MASK
@@ -102,10 +106,11 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server that somebody else runs. model: its own name for the model; the model's name if left out.
 
-    provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, or the name of an entry
-    point in the group polyvox.providers. api_version: the version of that API, where it has several. options: for the
-    provider, which says what it takes. max_in_flight: requests that it gets at once; any number if left out.
-    pass_timeout: true for another Polyvox, which is told how long the client still waits (`x-request-timeout`).
+    provider: the API that it speaks: openai (and all that is compatible), azure, anthropic, completions (like openai,
+    but text only: see a model's `adapter`), or the name of an entry point in the group polyvox.providers. api_version:
+    the version of that API, where it has several. options: for the provider, which says what it takes. max_in_flight:
+    requests that it gets at once; any number if left out. pass_timeout: true for another Polyvox, which is told how
+    long the client still waits (`x-request-timeout`).
 
     Where these are left out, they are as `polyvox probe` found them, and else as said here. stream_usage: false for a
     server that refuses `stream_options`, what its streams use is then not accounted; else true. continues: whether a
@@ -170,6 +175,8 @@ class ModelSettings(Traits, frozen=True, forbid_unknown_fields=True):
     allow: fields of requests that are refused otherwise, because they reach past the model: chat_template and the like.
     price: of its tokens; where it is left out, endpoints have that of the package genai-prices, if it knows them.
     hosting: of an engine, what its machine costs, instead of a price.
+    adapter: how requests are changed for what the model cannot take; where it is left out, as the model's name tells.
+    probe: off for an engine that is not to be asked what it can do when it is first ready; `polyvox probe` still does.
     """
 
     engine: EngineSettings | None = None
@@ -182,6 +189,8 @@ class ModelSettings(Traits, frozen=True, forbid_unknown_fields=True):
     allow: tuple[str, ...] = ()
     price: Price | None = None
     hosting: Hosting | None = None
+    adapter: AdapterSettings | None = None
+    probe: bool = True
 
     def traits(self) -> Traits:
         """Return what the model is said to be good for, apart from the rest."""
@@ -203,12 +212,16 @@ class LedgerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     journal_bytes: Annotated[int, Meta(ge=1024 * 1024)] = 1024 * 1024 * 1024
 
 
+TEXT_ONLY = "completions"  # the provider of servers with /v1/completions and no chats
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole configuration.
 
     aliases: other names of models, presets and groups. fallbacks: for a model, an alias or `task:NAME`, the models that
     answer when it cannot, in their order. tasks: regular expressions by which prompts are known, beside those that are
     shipped, for the shipped tasks or for new ones. rules: what holds for the choice of models at some times and places.
+    ensembles: names of models that answer together.
     """
 
     server: Server = Server()
@@ -220,6 +233,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     routing: RoutingSettings = RoutingSettings()
     rules: tuple[Rule, ...] = ()
     ledger: LedgerSettings | bool = LedgerSettings()
+    ensembles: dict[str, EnsembleSettings] = {}
     cache: CacheSettings | bool = CacheSettings()
 
     def names(self) -> Names:
@@ -391,6 +405,7 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, Any]:
         aliases: dict[str, Any] = {}
         ledger: dict[str, Any] = {}
         fallbacks: dict[str, Any] = {}
+        ensembles: dict[str, Any] = {}
         tasks: dict[str, Any] = {}
         routing: dict[str, Any] = {}
 
@@ -449,6 +464,10 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
         fallbacks={
             name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
             for name, chain in _section(data, "fallbacks", source)
+        },
+        ensembles={
+            name: _convert(ensemble or {}, EnsembleSettings, ("ensembles", name), source)
+            for name, ensemble in _section(data, "ensembles", source)
         },
     )
 
@@ -541,6 +560,7 @@ def _check(config: Config, source: _Source) -> None:
     for name, model in config.models.items():
         _check_model(name, model, source)
     _check_routing(config, source)
+    _check_ensembles(config, source)
     if (ledger := config.ledger_settings()) and ledger.url:
         _check_ledger_url(ledger.url.reveal(), source)
     if cache := config.cache_settings():
@@ -585,6 +605,13 @@ def _check_redis_url(url: str, source: _Source) -> None:
         raise source.error(("cache", "url"), f"expected {expected}")
 
 
+def _check_ensembles(config: Config, source: _Source) -> None:
+    askable = (*config.names().all(), *AUTO)
+    for name in config.ensembles:
+        for path, message in ensemble_faults(name, config.ensembles, askable):
+            raise source.error(("ensembles", *path), message)
+
+
 def _check_routing(config: Config, source: _Source) -> None:
     """Check what leads from a name to models, and what chooses among them."""
     names = config.names()
@@ -592,7 +619,7 @@ def _check_routing(config: Config, source: _Source) -> None:
     references.check_chains(config.fallbacks, names, source.error)
     for i, key in enumerate(config.server.api_keys):
         for j, name in enumerate(getattr(key, "models", None) or ()):
-            _check_known(name, (*names.all(), *AUTO), ("server", "api_keys", i, "models", j), source)
+            _check_known(name, (*names.all(), *AUTO, *config.ensembles), ("server", "api_keys", i, "models", j), source)
     try:
         tasks.tasks(config.tasks)
     except tasks.BadPattern as e:
@@ -675,6 +702,28 @@ def _check_model(name: str, model: ModelSettings, source: _Source) -> None:
             raise source.error((*path, "allow", i), unknown_key(field, sorted(ALLOWABLE)))
     if model.endpoints and not any(e.weight for e in model.endpoints):
         raise source.error((*path, "endpoints"), "all weights are 0, so nothing could be chosen")
+    _check_adapter(name, model, source)
+
+
+def _check_adapter(name: str, model: ModelSettings, source: _Source) -> None:
+    path, adapter = ("models", name, "adapter"), model.adapter or AdapterSettings()
+    for field in ("max_tokens", "temperature"):
+        limits = getattr(adapter, field)
+        if limits and limits[0] > limits[1]:
+            raise source.error((*path, field), f"the least, {limits[0]:g}, is more than the most, {limits[1]:g}")
+    of_text = [e for e in model.endpoints if e.provider == TEXT_ONLY]
+    if adapter.template is not None:
+        if not of_text:
+            raise source.error((*path, "template"), f"it is for endpoints with provider: {TEXT_ONLY}, there are none")
+        if wrong := rendering.problem(adapter.template):
+            raise source.error((*path, "template"), f"not a template of Jinja: {wrong}")
+    for endpoint in of_text if adapter.template is None else ():
+        if template_name(adapter, endpoint.model or name) is None:
+            raise source.error(
+                (*path, "family"),
+                f"provider {TEXT_ONLY} needs the form of chats that the model was taught, and its name does not tell: "
+                f"give {', '.join(FAMILIES)}, or a template",
+            )
 
 
 _OWN_FLAGS = {
@@ -707,15 +756,22 @@ def _check_engine(engine: EngineSettings, path: tuple[str | int, ...], source: _
 
 
 def _check_url(url: str, path: tuple[str | int, ...], source: _Source) -> None:
+    if wrong := wrong_with_url(url):
+        raise source.error(path, wrong)
+
+
+def wrong_with_url(url: str) -> str | None:
+    """Return what is wrong with the URL of an endpoint, None for nothing."""
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         valid = False
     if not valid:
-        raise source.error(path, "expected http://HOST[:PORT]/PATH or https://...")
+        return "expected http://HOST[:PORT]/PATH or https://..."
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise source.error(path, "leave user, password, query and fragment out; a key goes into api_key")
+        return "leave user, password, query and fragment out; a key goes into api_key"
+    return None
 
 
 def _check_ledger_url(url: str, source: _Source) -> None:

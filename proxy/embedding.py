@@ -13,7 +13,7 @@ from proxy.errors import BadGateway
 from proxy.fallback import Walk
 from proxy.prices import Prices
 from proxy.providers import Asked
-from proxy.registry import Endpoint, Group, Preset
+from proxy.registry import Endpoint, Ensemble, Group, Preset
 from proxy.relay import Exchange
 from proxy.route import Ways
 from proxy.telemetry import Sink
@@ -42,6 +42,7 @@ class OfModel:
         registry = self._ways.live.current
         target = registry.resolve(self._name)
         of = target.of if isinstance(target, Preset) else target
+        assert not isinstance(of, Ensemble), "the configuration names a model"
         model = registry.models[of.members[0]] if isinstance(of, Group) else of
         body = wire.encode({"model": self._name, "input": text})
         request_id = b"%032x" % random.getrandbits(128)

@@ -5,6 +5,7 @@ PolyvoxError
 ├── ServeError                 the server cannot start or go on: what, and what to do
 ├── PluginError                what an installed distribution offers cannot be used
 ├── WrongSetting               a provider does not take a setting of its endpoint
+├── ProbeFailed                an endpoint does not say what it can do: it does not answer, or not to us
 ├── RequestError               what a client is told, in OpenAI's envelope
 │   ├── BadRequest             400
 │   │   └── NothingSuits       no model has what the request needs
@@ -27,6 +28,7 @@ PolyvoxError
 │   ├── LedgerUnavailable      503, its database does not answer
 │   ├── StoreUnavailable       503, the cache's store does not answer
 │   ├── Unavailable            503, nothing that could answer is asked now
+│   ├── QuorumNotMet           503, 504, or as all members said
 │   ├── DeadlinePassed         504, as the client wished
 │   └── GatewayTimeout         504
 └── UpstreamError              an endpoint did not give a whole, valid answer
@@ -72,6 +74,13 @@ class WrongSetting(PolyvoxError):
     def __init__(self, field: tuple[str | int, ...], message: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class ProbeFailed(PolyvoxError):
+    """An endpoint could not be asked what it can do. The text says why."""
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        super().__init__(f"{endpoint} does not answer: {reason}")
 
 
 class RequestError(PolyvoxError):
@@ -326,6 +335,39 @@ class Unavailable(RequestError):
     def __init__(self, model: str, wait: float) -> None:
         super().__init__(f"The model {model!r} is not available: it has failed too often just now; try again soon.")
         self.retry_after = max(1, math.ceil(wait))
+
+
+class QuorumNotMet(RequestError):
+    """Fewer members of an ensemble have answered than it needs. failures: of the others, what a client may be told."""
+
+    code = "quorum_not_met"
+
+    def __init__(self, ensemble: str, quorum: int, answers: int, failures: Sequence["MemberFailure"]) -> None:
+        why = "; ".join(f"{failure.member}: {failure.message}" for failure in failures)
+        super().__init__(f"The ensemble {ensemble!r} needs {quorum} answers and has {answers}. {why}")
+        self.status = _status_of_all([failure.status for failure in failures])
+        self.type = "invalid_request_error" if self.status < 500 and self.status != TooBusy.status else "server_error"
+
+
+class MemberFailure(msgspec.Struct, frozen=True):
+    """Why a member of an ensemble gave no answer: the status that its client would have got alone, and the words."""
+
+    member: str
+    status: int
+    message: str
+
+
+def _status_of_all(statuses: Sequence[int]) -> int:
+    """Return what a client is told where everybody has failed.
+
+    1. The request is wrong, if all say so: as they say it, 400 where they differ.
+    2. All of them were too busy, or too late.
+    3. Or else nobody knows whether the next time will be better.
+    """
+    told = set(statuses)
+    if len(told) == 1 and (told <= {TooBusy.status, GatewayTimeout.status} or max(told) < 500):  # 1, 2
+        return told.pop()
+    return BadRequest.status if max(told) < 500 and TooBusy.status not in told else Unavailable.status  # 1, 3
 
 
 class BadGateway(RequestError):

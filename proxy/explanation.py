@@ -28,7 +28,7 @@ def full(plan: Plan, models: Sequence[str], asked: str) -> dict[str, Any]:
         "max_tokens": f.max_tokens,
         "budget_limit": f.budget_limit,
         "requirements": _requirements(f),
-        "candidates": [msgspec.structs.asdict(option) for option in plan.options],
+        "candidates": [_option(option) for option in plan.options],
         "fallbacks": list(models[1:]),
     }
 
@@ -50,8 +50,13 @@ def header(plan: Plan, models: Sequence[str]) -> bytes:
     return value
 
 
+def _option(option: Option) -> dict[str, Any]:
+    usd = None if option.usd is None else float(f"{option.usd:.6g}")
+    return {**msgspec.structs.asdict(option), "usd": usd}
+
+
 def _short(option: Option) -> dict[str, Any]:
-    return {name: value for name, value in msgspec.structs.asdict(option).items() if value not in (None, "ready")}
+    return {name: value for name, value in _option(option).items() if value not in (None, "ready")}
 
 
 def _requirements(f: Features) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from proxy import failures, providers, sse
+from proxy import failures, prompts, providers, sse
 from proxy import reply as replies
 from proxy.balancer import Lease, Prompt
 from proxy.breaker import Outcome
@@ -31,6 +31,7 @@ from proxy.errors import (
     upstream_failure,
 )
 from proxy.failures import Verdict
+from proxy.prompts.adapters import Adapter
 from proxy.providers import Asked
 from proxy.registry import Endpoint, Model
 from proxy.relay import Exchange
@@ -47,8 +48,8 @@ class Walk:
     """The attempts of one request. What an attempt takes is the exchange's to give back."""
 
     __slots__ = (
-        "_asked", "_at", "_blamed", "_breaks", "_chosen", "_deadline", "_endpoint", "_exchange", "_first", "_of",
-        "_route", "_ways", "_whole",
+        "_asked", "_at", "_blamed", "_breaks", "_chosen", "_clamped", "_deadline", "_endpoint", "_exchange", "_first",
+        "_of", "_route", "_ways", "_whole",
     )  # fmt: skip
 
     def __init__(
@@ -67,11 +68,12 @@ class Walk:
         self._exchange = exchange
         self._whole = whole
         # All mutable state: where it has been; of the last attempt, the model that it was for, the endpoint as it was
-        # then (None: it got none), and how that stands.
+        # then (None: it got none), how that stands, and what was asked for that it cannot do.
         self._route = Route(ways, asked.envelope.fields, model, chain)
         self._of = model
         self._endpoint: Endpoint | None = None
         self._at: Standing | None = None
+        self._clamped: tuple[str, ...] = ()
         # What the client is told, or given, if nothing helps; how often the stream broke; where the request has failed.
         self._first: Exception | Reply | None = None
         self._breaks = 0
@@ -136,6 +138,9 @@ class Walk:
         exchange.hold(lease)
         endpoint, breaker = standing.endpoint, standing.breaker
         self._at, self._endpoint = standing, endpoint
+        self._clamped = ()
+        if endpoint.adapter is not None:
+            asked = self._adapted(asked, endpoint.adapter)
         provider = providers.named(endpoint.provider)
         sent = provider.request(asked, endpoint)
         headers = sent.headers
@@ -148,6 +153,11 @@ class Walk:
         if answer.status >= 300:
             failures.check(answer, endpoint)
         return provider.answer(answer, asked, endpoint), endpoint, sent.hide_usage and not self._whole
+
+    def _adapted(self, asked: Asked, adapter: Adapter) -> Asked:
+        adapted = prompts.adapt(asked.path, asked.body, adapter)
+        self._clamped = adapted.clamped
+        return asked if adapted.body is asked.body else msgspec.structs.replace(asked, body=adapted.body)
 
     def _prompt(self, model: Model) -> Prompt | None:
         """Return the prompt as the balancer wants it, where there is a choice of endpoints."""
@@ -220,6 +230,8 @@ class Walk:
             reply.headers += (*names, (b"x-polyvox-fallback-level", level), (b"x-polyvox-attempts", attempts))
         else:
             reply.headers += (*names, *_AT_FIRST)
+        if self._clamped:
+            reply.headers += ((b"x-polyvox-adapted", ", ".join(self._clamped).encode()),)
         return reply
 
     def _last_word(self) -> Reply:

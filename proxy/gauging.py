@@ -48,13 +48,14 @@ async def _follow_one(
 ) -> None:
     while True:
         endpoint = live.current.ready_endpoint(model, name)
-        said = await _ask(endpoint, transport_to(endpoint)) if endpoint and endpoint.provider == "openai" else None
+        said = await ask(endpoint, transport_to(endpoint)) if endpoint and endpoint.provider == "openai" else None
         balancer.told(model, name, said)
         unknown = said is None and endpoint is not None and endpoint.base_path is not None
         await asyncio.sleep((_LONG_PAUSE if unknown else pause) * (0.75 + 0.5 * chance()))  # not all at once
 
 
-async def _ask(endpoint: Endpoint, transport: Transport) -> Gauges | None:
+async def ask(endpoint: Endpoint, transport: Transport) -> Gauges | None:
+    """Return the gauges of an endpoint, None where it has none of vLLM's or does not answer."""
     try:
         answer = await transport.send(b"GET", endpoint.path("/metrics").encode(), _headers(endpoint), b"", _TIMEOUTS)
         try:

@@ -112,6 +112,7 @@ class Layout:
         names = config.endpoint_names()
         operations = (*dict.fromkeys(OPERATIONS.values()), OTHER)
         keys = [(UNKNOWN, "", o) for o in operations]
+        keys += [(name, "", o) for name in config.ensembles for o in operations]
         keys += [(m, e, o) for m, endpoints in names.items() for e in ("", *endpoints) for o in operations]
         self.gauges = {key: i for i, key in enumerate((m, e) for m, es in names.items() for e in es)}
         self.queues = {m: len(self.gauges) + i for i, m in enumerate(names)}

@@ -26,8 +26,13 @@ def located(error: msgspec.ValidationError, kind: Any) -> tuple[Path, str]:
         return (*inner, unknown[1]), unknown_key(unknown[1], _fields_at(kind, inner))
     invalid = re.match(r"Invalid enum value (.*)", match["what"])
     if invalid:
-        return inner, f"{invalid[1]} is none of {', '.join(_literals_at(kind, inner))}"
+        return inner, _none_of(invalid[1], _literals_at(kind, inner))
     return inner, match["what"][0].lower() + match["what"][1:]
+
+
+def _none_of(word: str, allowed: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word.strip("'"), allowed, n=1)
+    return f"{word} is none of {', '.join(allowed)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def dotted(path: Path) -> str:

@@ -39,10 +39,6 @@ class Names(msgspec.Struct, frozen=True):
             return tuple(map(self.model, target.any_of or ()))
         return (target,)
 
-    def is_plain(self, name: str) -> bool:
-        """Say whether a name is a model's or another name of one."""
-        return name in self.models or isinstance(self.aliases.get(name), str)
-
     def all(self) -> tuple[str, ...]:
         return (*self.models, *self.aliases)
 

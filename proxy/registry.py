@@ -15,6 +15,7 @@ import msgspec
 from engines.spec import EngineStatus, FleetStatus, State
 from proxy.capabilities import NOTHING, Capabilities, Findings, shared, subject_of
 from proxy.config import (
+    TEXT_ONLY,
     BreakerSettings,
     Config,
     EndpointSettings,
@@ -24,9 +25,12 @@ from proxy.config import (
     Server,
     Timeouts,
 )
+from proxy.ensembles.settings import EnsembleSettings
 from proxy.errors import UnknownModel
 from proxy.forbidden import Policy
 from proxy.naming import AUTO, AliasSettings, Prefer
+from proxy.prompts import adapters, rendering
+from proxy.prompts.adapters import Adapter
 from proxy.rules import RoutingSettings, Rule
 from proxy.traits import Traits
 
@@ -39,8 +43,9 @@ class Endpoint(msgspec.Struct, frozen=True):
     stream_usage: whether it can be asked what a stream used. provider, api_version, options: see EndpointSettings.
     max_in_flight: requests that it gets at once, None for any number. pass_timeout: whether it is told how long the
     client still waits.
-    continues: whether a chat that broke elsewhere can go on there. since: what tells one process at the address from
-    the next, its UNIX time of being ready. capabilities: what else was found out of it.
+    continues: whether a chat that broke elsewhere can go on there; every engine of ours can try. since: what tells one
+    process at the address from the next, its UNIX time of being ready. capabilities: what else was found out of it, and
+    subject under what name that is kept. adapter: how requests are changed for it; None for not at all.
     """
 
     name: str
@@ -60,6 +65,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     max_in_flight: int | None = None
     pass_timeout: bool = True
     capabilities: Capabilities = Capabilities()
+    subject: str = ""
+    adapter: Adapter | None = None
 
     def path(self, ours: str) -> str:
         """Translate a path of our API into the path at this endpoint."""
@@ -75,7 +82,8 @@ class Model(msgspec.Struct, frozen=True):
     """A model and its endpoints, with the state of the best of them.
 
     context_length: None where nobody says it. capabilities: what all endpoints can do. revision: of what gives its
-    answers; another one when the configuration names other weights, or other servers.
+    answers; another one when the configuration names other weights, or other servers. probes: its engines are asked
+    what they can do when they are first ready.
     """
 
     name: str
@@ -90,6 +98,7 @@ class Model(msgspec.Struct, frozen=True):
     traits: Traits = Traits()
     capabilities: Capabilities = Capabilities()
     revision: str = ""
+    probes: bool = False
 
     def ready(self) -> tuple[Endpoint, ...]:
         """Return the endpoints that take requests now."""
@@ -113,7 +122,14 @@ class Preset(msgspec.Struct, frozen=True):
     defaults: Mapping[str, msgspec.Raw] = {}
 
 
-Target = Model | Preset | Group
+class Ensemble(msgspec.Struct, frozen=True):
+    """Models that answer together."""
+
+    name: str
+    settings: EnsembleSettings
+
+
+Target = Model | Preset | Group | Ensemble
 
 
 class Registry(msgspec.Struct, frozen=True):
@@ -157,9 +173,11 @@ class Registry(msgspec.Struct, frozen=True):
 
 
 def permits(only: frozenset[str], name: str, target: Target) -> bool:
-    """Say whether a name is allowed: it is itself, what it stands for is, or one of a group's models is."""
+    """Say whether a name is allowed: it is itself, what it stands for is, one of a group is, or all of an ensemble."""
     if name in only:
         return True
+    if isinstance(target, Ensemble):
+        return only.issuperset(target.settings.names())
     if isinstance(target, Preset):
         return permits(only, target.of.name, target.of)
     return not only.isdisjoint(target.members) if isinstance(target, Group) else target.name in only
@@ -204,7 +222,8 @@ def _targets(config: Config, models: dict[str, Model]) -> dict[str, Target]:
     known = {**models, **plain, **groups, **auto}
     presets = {name: _preset(name, preset, known[preset.model]) for name, preset in settings.items() if preset.model}
     found: dict[str, Target] = {**plain, **groups, **presets}
-    return {name: found[name] for name in config.aliases} | auto
+    ensembles: dict[str, Target] = {name: Ensemble(name, settings) for name, settings in config.ensembles.items()}
+    return {name: found[name] for name in config.aliases} | auto | ensembles
 
 
 def _preset(name: str, settings: AliasSettings, of: Model | Group) -> Preset:
@@ -229,7 +248,9 @@ def _local(
     most = model.engine.max_in_flight
     ranked = sorted(engines, key=lambda status: BEST_FIRST.index(status.state))
     best = ranked[0] if ranked else None
-    found = _found(findings, subject_of(model.engine, name), best.version if best else None)
+    subject = subject_of(model.engine, name)
+    found = _found(findings, subject, best.version if best else None)
+    adapter = adapters.for_chats(model.adapter, None, system_role=found.system_role)
     return Model(
         name=name,
         endpoints=tuple(
@@ -241,8 +262,9 @@ def _local(
                 state=s.state,
                 max_in_flight=most,
                 since=s.since,
-                continues=found.continues is not False,
                 capabilities=found,
+                subject=subject,
+                adapter=adapter,
             )
             for s in ranked
             if s.address
@@ -257,6 +279,7 @@ def _local(
         traits=model.traits(),
         capabilities=found,
         revision=_revision(model),
+        probes=model.probe and model.engine.simulator is None,
     )
 
 
@@ -269,7 +292,7 @@ def _found(findings: Findings, subject: str, version: str | None = None) -> Capa
 
 
 def _remote(name: str, model: ModelSettings, findings: Findings) -> Model:
-    endpoints = tuple(_endpoint(name, i, settings, findings) for i, settings in enumerate(model.endpoints))
+    endpoints = tuple(_endpoint(name, i, settings, model, findings) for i, settings in enumerate(model.endpoints))
     capabilities = shared(e.capabilities for e in endpoints)
     policy = Policy(frozenset(model.allow), None)
     return Model(
@@ -294,11 +317,12 @@ def _revision(model: ModelSettings) -> str:
         parts: Sequence[object] = [engine.weights, engine.quantization, engine.dtype, engine.max_model_len, engine.args]
     else:
         parts = sorted({(e.provider, e.base_url, e.model or "") for e in model.endpoints})
-    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()[:16]
+    return hashlib.sha256(msgspec.json.encode([parts, model.adapter], order="sorted")).hexdigest()[:16]
 
 
-def _endpoint(model: str, index: int, settings: EndpointSettings, findings: Findings) -> Endpoint:
-    found = _found(findings, subject_of(settings, model))
+def _endpoint(model: str, index: int, settings: EndpointSettings, of: ModelSettings, findings: Findings) -> Endpoint:
+    subject = subject_of(settings, model)
+    found = _found(findings, subject)
     parts = urlsplit(settings.base_url)
     return Endpoint(
         name=f"{model}/{index}",
@@ -309,14 +333,28 @@ def _endpoint(model: str, index: int, settings: EndpointSettings, findings: Find
         api_key=settings.api_key,
         weight=settings.weight,
         stream_usage=_first(settings.stream_usage, found.stream_usage, True),
-        continues=_first(settings.continues, found.continues, settings.provider == "anthropic"),
+        continues=_first(settings.continues, found.continues, settings.provider in _CONTINUES),
         provider=settings.provider,
         api_version=settings.api_version,
         options=settings.options,
         max_in_flight=settings.max_in_flight,
         pass_timeout=settings.pass_timeout,
         capabilities=found,
+        subject=subject,
+        adapter=_adapter(settings, of, found, settings.model or model),
     )
+
+
+_CONTINUES = ("anthropic", TEXT_ONLY)
+
+
+def _adapter(settings: EndpointSettings, of: ModelSettings, found: Capabilities, name: str) -> Adapter | None:
+    if settings.provider == TEXT_ONLY:
+        template = adapters.template_name(of.adapter, name)
+        return adapters.for_text(of.adapter, name, rendering.shipped(template) if template else "")
+    modalities = of.modalities or found.modalities
+    images = None if modalities is None else "image" in modalities
+    return adapters.for_chats(of.adapter, name, system_role=found.system_role, images=images)
 
 
 def _first(configured: bool | None, found: bool | None, otherwise: bool) -> bool:

@@ -36,9 +36,9 @@ class Exchange:
 
     __slots__ = (
         "_account", "_answer", "_begun", "_breaker", "_broken", "_charged", "_clock", "_closed", "_error", "_first",
-        "_lease", "_mark", "_overhead", "_prices", "_shared", "_sink", "_status", "_streamed", "_ticket", "_under_way",
-        "_usd", "_whole", "alias", "attempts", "cache", "endpoint", "key_id", "level", "model", "on_prompt",
-        "operation", "request_id", "resumed", "shows_cost", "source",
+        "_lease", "_mark", "_overhead", "_prices", "_shared", "_sink", "_status", "_streamed", "_subrequests",
+        "_ticket", "_under_way", "_usd", "_whole", "alias", "attempts", "cache", "endpoint", "key_id", "level", "model",
+        "on_prompt", "operation", "request_id", "resumed", "shows_cost", "source",
     )  # fmt: skip
 
     def __init__(
@@ -91,6 +91,8 @@ class Exchange:
         self._account: Account | None = None
         # What it waits for together with others, and whether that needs it until it ends.
         self._shared: tuple[Shared, bool] | None = None
+        # Requests that are made for this one:
+        self._subrequests: tuple[Exchange, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Exchange {self.operation} {self.model} {self.endpoint or 'nowhere'} {self._account!r}>"
@@ -104,6 +106,26 @@ class Exchange:
         if self._shared is not None:
             (shared, _), self._shared = self._shared, None
             shared.leave(self)
+
+    def subrequest(self) -> "Exchange":
+        """Return the exchange of a request that is made for this one, and ends with it at the latest.
+
+        Tokens and cost are counted there, and here not again.
+        """
+        made = Exchange(self._sink, self.operation, self._clock, self._prices, self.request_id)
+        made.key_id, made.alias = self.key_id, self.alias
+        self._subrequests += (made,)
+        return made
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens of the answer so far, None if it has not told them."""
+        return self._account.tally.usage if self._account else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong, that is not the client's going away."""
+        return self._failure() is not None
 
     def received(self) -> None:
         """The whole request is here."""
@@ -170,13 +192,20 @@ class Exchange:
     def usd(self) -> float | None:
         """Return what the request costs, by what is known now; None where price or tokens are not.
 
+        Of requests that were made for this one, those count that were answered: what the others used nobody tells.
         Of a stream that went on elsewhere, the tokens of all its engines are in its usage, but that each engine has
         read the prompt is not.
         """
+        if self._subrequests:
+            return self._sum()
         if not self._charged:
             self._charged = True
             self._usd = self._charge(self._account.tally.usage if self._account else None)
         return self._usd
+
+    def _sum(self) -> float | None:
+        known = [made.usd() for made in self._subrequests if made._whole]
+        return None if None in known else sum(usd or 0.0 for usd in known)
 
     def _charge(self, usage: Usage | None) -> float | None:
         if usage is not None and self.source:
@@ -228,6 +257,8 @@ class Exchange:
         finally:
             if self._answer:
                 await self._answer.close()
+            for made in self._subrequests:
+                await made.close()
 
     def _settle(self, outcome: Outcome, tokens_in: int = 0) -> None:
         lease, self._lease = self._lease, None

@@ -127,6 +127,20 @@ class Reply:
             raise Cut from error
         return self._passed(self._account.broken()) + sse.error_event(error.envelope())
 
+    async def mended(self) -> AsyncIterator[bytes]:
+        """Pass all that is to be sent of a body, for one who does not send it as it is."""
+        assert self.body is not None
+        passing, more = self.opening, True
+        while more:
+            yield passing
+            try:
+                async for data in self.body:
+                    yield self.read(data)
+                passing, more = self.end(), False
+            except UpstreamError as error:
+                passing, more = await self.mend(error)
+        yield passing
+
     async def open(self, deadline: float, clock: Callable[[], float]) -> None:
         """Read up to the first token, so that nothing is sent before. Raises UpstreamError."""
         assert self.body is not None
@@ -230,6 +244,29 @@ def refusal(status: int, document: bytes, exchange: Exchange) -> Reply:
     """Make the reply of a stream that was nothing but an error of the client's."""
     exchange.answers(status)
     return _whole(status, with_length([(b"content-type", _JSON)], len(document)), document, exchange, NoAccount())
+
+
+def of_ours(exchange: Exchange, document: bytes, finish_reason: str, *, streamed: bool) -> Reply:
+    """Make the reply of a chat whose answer was put together here, and whose tokens were counted elsewhere.
+
+    streamed: the document is all the events of a stream.
+    """
+    account = NoAccount()
+    account.tally.finish_reason = finish_reason
+    kind = _EVENT_STREAM if streamed else _JSON
+    exchange.answers(200)
+    return _whole(200, with_length([(b"content-type", kind)], len(document)), document, exchange, account)
+
+
+def stream_of_ours(exchange: Exchange, body: AsyncIterator[bytes], account: Account) -> Reply:
+    """Make the reply of a stream that is changed on its way by `body`, which says itself what went wrong.
+
+    account: of it, in which `body` notes why it ended before it does.
+    """
+    exchange.answers(200)
+    made = Reply(exchange, 200, [(b"content-type", _EVENT_STREAM)], account, body)
+    made.is_event_stream = True
+    return made
 
 
 def is_stream(answer: Answer) -> bool:

@@ -21,6 +21,7 @@ from proxy.cost import Price, estimate
 from proxy.features import Features
 from proxy.naming import Prefer
 from proxy.rules import Applied, Rule, Weights
+from proxy.tasks import GENERAL
 from proxy.traits import Kind, Traits
 
 Health = Literal["ready", "starting", "down"]
@@ -91,7 +92,8 @@ class Plan(msgspec.Struct, frozen=True):
         if len(self.options) == 1:
             return f"{measured} {f.task}: there is no other to choose from"
         budget = "" if f.budget_limit is None else f" within {f.budget_limit:g} USD"
-        return f"{measured} {f.task}{budget}: {_AIMS[self.prefer]}" + (f", {self.wanted}" if self.wanted else "")
+        kind = f"wants a model that is {self.wanted}, " if self.wanted else ""
+        return f"{measured} {f.task}{budget}: {kind}{_AIMS[self.prefer]}"
 
     @property
     def failures(self) -> list[str]:
@@ -100,7 +102,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 _AIMS: dict[Prefer, str] = {
-    "balanced": "best by kind, quality, cost and speed", "cost": "cheapest", "quality": "best", "speed": "fastest",
+    "balanced": "best by quality, cost and speed", "cost": "cheapest", "quality": "best", "speed": "fastest",
     "order": "first in order",
 }  # fmt: skip
 
@@ -261,7 +263,7 @@ def score(
     speed = _known_speed(candidate)
     parts = (
         (weights.kind, _fit(candidate.traits, features, wanted)),
-        (weights.task, float(features.task in candidate.traits.tasks)),
+        (weights.task, float(_is_special(candidate.traits, features.task))),
         (weights.quality, _known_quality(candidate) / 10),
         (weights.cost, _cheapness(usd, cheapest)),
         (weights.speed, (_SPEED if speed is None else speed) / 10),
@@ -274,7 +276,7 @@ def _fit(traits: Traits, features: Features, wanted: Kind | None) -> float:
     """Say how near a model comes to the kind that is wanted. What is specialised in the task is never above it."""
     if wanted is None:
         return 0.0
-    special = features.task in traits.tasks
+    special = _is_special(traits, features.task)
     if traits.kind == "specialized" and special:
         return 1.0
     steps = _RANK[traits.kind] - _RANK[wanted]
@@ -282,6 +284,11 @@ def _fit(traits: Traits, features: Features, wanted: Kind | None) -> float:
         return 1.0
     near = (steps < 0) == (features.level == "simple")
     return 1.0 - (_NEAR if near else _FAR) * abs(steps)
+
+
+def _is_special(traits: Traits, task: str) -> bool:
+    """Say whether a model is specialised in a task; what is general is nobody's specialty."""
+    return task in traits.tasks and task != GENERAL
 
 
 def _cheapness(usd: float | None, cheapest: float | None) -> float:

@@ -120,9 +120,12 @@ def add_field(document: bytes, name: str, value: Any) -> bytes:
 
 def replace_field(document: bytes, name: str, value: Any) -> bytes:
     """Return a JSON object with a field at its top replaced; other values keep their bytes."""
-    fields = _decode_object(document)
-    fields[name] = msgspec.Raw(_encode(value))
-    return _encode(fields)
+    return replace_fields(document, {name: value})
+
+
+def replace_fields(document: bytes, values: Mapping[str, Any]) -> bytes:
+    """Return a JSON object with fields at its top replaced, or added; other values keep their bytes."""
+    return _encode({**_decode_object(document), **values})
 
 
 # Multipart forms: /v1/audio/*

@@ -68,6 +68,11 @@ class Server(msgspec.Struct, frozen=True):
     process: psutil.Popen
     output: Path
 
+    @property
+    def config(self) -> Path:
+        """The configuration's file."""
+        return self.output.with_name("polyvox.yaml")
+
     def fleet(self) -> dict[str, EngineStatus]:
         """Return the engines by model, as the supervisor tells them over its control socket."""
         transport = httpx2.HTTPTransport(uds=str(self.paths.control_socket))

@@ -98,6 +98,11 @@ def test_an_endpoint_goes_on_with_chats_where_that_was_found_and_nothing_is_conf
     }  # fmt: skip
 
 
+def test_a_chat_may_go_on_at_an_engine_whatever_was_found():
+    found = {subject_of(ENGINE, "local"): finding("1.0", continues=False)}
+    assert build(found).resolve("local").endpoints[0].continues is True
+
+
 def test_usage_is_not_asked_of_streams_where_it_was_found_that_it_is_refused():
     found = {subject_of(ENDPOINT, "remote"): finding(stream_usage=False)}
     assert build(found).resolve("remote").endpoints[0].stream_usage is False

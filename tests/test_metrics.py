@@ -392,3 +392,40 @@ def test_tokens_that_nobody_told_have_no_known_cost_and_a_refusal_has_none(sink:
         exchange.answered(answer)  # type: ignore[arg-type]
         asyncio.run(exchange.close())
         assert sink.events[-1].usd == usd
+
+
+def test_a_request_costs_what_those_did_that_were_made_for_it_and_answered(sink: Recorded, clock: Clock):
+    exchange = priced(sink, clock)
+    exchange.alias, exchange.key_id = "council", "k"
+
+    async def scenario() -> None:
+        for model, whole in (("one", True), ("two", True), ("two", False)):
+            made, account = exchange.subrequest(), StreamAccount()
+            made.model = model
+            made.begin(f"{model}/0")
+            made.passes(account, streamed=True)
+            if whole:
+                account.feed(STREAM)
+                made.complete()
+        assert exchange.usd() == pytest.approx((11 * 1 + 5 * 10 + 11 * 2 + 5 * 10) / 1e6)
+        await exchange.close()
+
+    asyncio.run(scenario())
+    own, *made = sink.events
+    assert (own.tokens_in, own.tokens_out, own.usd, own.endpoint) == (0, 0, 0.0, "")
+    assert [(event.model, event.usd) for event in made] == [
+        ("one", pytest.approx(61e-6)), ("two", pytest.approx(72e-6)), ("two", None)
+    ]  # fmt: skip
+    assert {(event.alias, event.key_id) for event in made} == {("council", "k")}
+    assert sink.under_way == 0
+
+
+def test_a_request_has_no_known_cost_where_one_that_was_made_for_it_has_none(sink: Recorded, clock: Clock):
+    exchange = priced(sink, clock)
+    made, account = exchange.subrequest(), StreamAccount()
+    made.model = "free of a price"
+    made.begin("nowhere/0")
+    made.passes(account, streamed=True)
+    account.feed(STREAM)
+    made.complete()
+    assert exchange.usd() is None

