@@ -106,7 +106,7 @@ class Shield:
     async def claim(self, key: bytes, seconds: float) -> Claim | Entry | None:
         """See Store.claim."""
         end, pause = self._clock() + seconds, _FIRST_PAUSE
-        while (found := await self._ask(self._store.claim, key)) is HELD:
+        while (found := await self._claim(key)) is HELD:
             if (left := end - self._clock()) <= 0:
                 return None
             await asyncio.sleep(min(left, pause * (0.75 + 0.5 * self._chance())))
@@ -121,6 +121,8 @@ class Shield:
             self._claims.pop(claim, None)
         if self._putting + entry.size() <= _MOST_BYTES:
             self._behind(self._put(key, entry, claim))
+        elif claim:
+            self.release(claim)
 
     def release(self, claim: Claim) -> None:
         """See Store.release. It is done behind."""
@@ -198,6 +200,20 @@ class Shield:
             raise StoreUnavailable from e
 
     # Claims
+
+    async def _claim(self, key: bytes) -> Claim | Entry | Held | None:
+        """Ask for a claim once. One that comes when nobody waits for it any more is given back."""
+        waiting = {key}
+        try:
+            return await self._ask(self._claim_for, key, waiting)
+        finally:
+            waiting.clear()
+
+    async def _claim_for(self, key: bytes, waiting: set[bytes]) -> Claim | Entry | Held:
+        found = await self._store.claim(key)
+        if isinstance(found, Claim) and not waiting:
+            self.release(found)
+        return found
 
     def _hold(self, claim: Claim) -> None:
         self._claims[claim] = self._clock()

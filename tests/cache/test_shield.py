@@ -242,6 +242,23 @@ def test_a_holder_that_dies_delays_nobody_past_its_lease(server):
     asyncio.run(scenario())
 
 
+def test_a_claim_that_comes_too_late_is_given_back(server):
+    async def scenario():
+        async with shielded(server, lease=600.0) as other, shielded(server, lease=600.0, patience=PATIENCE) as one:
+            server.freeze()
+            assert await one.claim(key(), 5) is None
+            leaving = asyncio.create_task(other.claim(key("left"), 5))
+            await asyncio.sleep(0)
+            leaving.cancel()
+            server.thaw()
+            while not isinstance(await other.claim(key(), 0), Claim):
+                await asyncio.sleep(0.002)
+            while not isinstance(await other.claim(key("left"), 0), Claim):
+                await asyncio.sleep(0.002)
+
+    asyncio.run(scenario())
+
+
 def test_nobody_waits_longer_than_told(server):
     async def scenario():
         clock = Clock()
