@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-start bench-overhead bench-endurance bench-balance bench-routing chaos serve test lint types schema lock clean
+.PHONY: help setup bench-start bench-overhead bench-endurance bench-balance bench-cache bench-cache-safety bench-routing chaos serve test lint types schema lock clean
 
 help: ## Show what there is
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ bench-overhead: setup ## Measure CPU, latency and memory beside other proxies (A
 
 bench-endurance: setup ## Measure memory over a million requests, with slow clients, and the start (ARGS="--only slow")
 	$(BIN)/python -m benchmarks.endurance $(ARGS)
+
+bench-cache: setup ## Measure what the cache of answers costs and gives (ARGS="--quick")
+	$(BIN)/python -m benchmarks.cache $(ARGS)
+
+bench-cache-safety: $(VENV)/.test ## Prove that the cache gives nobody what is not his, in 200,000 requests (ARGS="--requests 20000")
+	$(BIN)/python -m benchmarks.cache_safety $(ARGS)
 
 bench-routing: setup ## Measure the model of complexity on labelled prompts (ARGS="--data ../shared/data")
 	$(BIN)/python -m benchmarks.routing $(ARGS)

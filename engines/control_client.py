@@ -101,9 +101,9 @@ class ControlClient:
         """Return what the server reports under a name, as JSON."""
         return (await self._request("GET", f"/reports/{name}", None)).content
 
-    async def service(self, name: str) -> bytes:
+    async def service(self, name: str, body: dict[str, Any] | None = None) -> bytes:
         """Have the server do what it offers under a name; return what it says, as JSON."""
-        return (await self._request("POST", f"/services/{name}", {})).content
+        return (await self._request("POST", f"/services/{name}", body or {})).content
 
     async def _command(self, command: str, model: str, replica: int | None, wait: bool) -> FleetStatus:
         body = {"model": model, "replica": replica, "wait": wait}

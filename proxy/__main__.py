@@ -319,6 +319,40 @@ def fit_route(
     _finish(lambda: scoring.fit(labels, out, scoring.Target(strong_share, cost, prices)))
 
 
+@main.group()
+def cache() -> None:
+    """See and empty the cache of answers of a running server."""
+
+
+@cache.command("stats")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@_state_options
+def cache_stats(as_json: bool, state_dir: Path | None, data_dir: Path | None) -> None:
+    """Show what all workers keep, and how often they answered from it."""
+    import msgspec
+
+    report = _ask(state_dir, data_dir, lambda client: client.report("cache"))
+    if as_json:
+        click.echo(msgspec.json.format(report, indent=2))
+    else:
+        from proxy.console import show_cache
+
+        show_cache(msgspec.json.decode(report))
+
+
+@cache.command("purge")
+@click.option("--model", default="", help="Only answers of this model [default: of all].")
+@click.option("--key-prefix", default="", help="Only answers whose x-polyvox-cache-key begins like this.")
+@_state_options
+def purge_cache(model: str, key_prefix: str, state_dir: Path | None, data_dir: Path | None) -> None:
+    """Drop answers, also those that are being made. The first 16 digits of a key are the id of an API key."""
+    import msgspec
+
+    asked = {"model": model, "key_prefix": key_prefix}
+    answer = _ask(state_dir, data_dir, lambda client: client.service("purge-cache", asked))
+    click.echo(f"{msgspec.json.decode(answer)['purged']} answers dropped")
+
+
 @main.command()
 @click.option("--config", "-c", type=click.Path(path_type=Path), envvar="POLYVOX_CONFIG", help="Configuration file.")
 @click.option("--since", default="", help="A day (2026-01-31), a time, or how long ago (24h, 7d).")

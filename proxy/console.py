@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
 
 import msgspec
 from rich import box
@@ -164,6 +165,16 @@ print(answer.choices[0].message.content)
 
 Press Ctrl-C to stop.
 """
+
+
+def show_cache(report: dict[str, Any] | None) -> None:
+    """Print what the cache of answers holds and has done."""
+    if report is None:
+        print_table(("CACHE",), [("off",)])
+        return
+    rate = "-" if report["hit_rate"] is None else f"{report['hit_rate']:.1%}"
+    names = ("entries", "bytes", "stored", "evicted", "hit", "joined", "miss", "bypass")
+    print_table((*map(str.upper, names), "HIT RATE"), [(*(report[name] for name in names), rate)])
 
 
 def fail(message: str, code: int) -> "SystemExit":

@@ -16,6 +16,8 @@ import msgspec
 from engines.paths import StatePaths
 from proxy import config, providers
 from proxy.cache import needs
+from proxy.cache.bulletin import Bulletin
+from proxy.cache.supervision import Supervision
 from proxy.config import Config, Loaded, Server
 from proxy.console import Console
 from proxy.errors import ServeError
@@ -57,9 +59,11 @@ async def _serve(loaded: Loaded, paths: StatePaths, console: Console, listening:
         supervisor = Supervisor(loaded.config.engines(), paths, launcher.prepare)
         address = address_of(listening)
         reports = {"endpoints": workers.endpoints, "address": lambda: msgspec.json.encode(address)}
+        caches = Supervision(lambda: loaded.config, workers.bulletin)
+        reports["cache"] = caches.report
         async with (
             _engines(supervisor, launcher, loaded),
-            _background(serve_control(supervisor, paths.control_socket, reports), stop),
+            _background(serve_control(supervisor, paths.control_socket, reports, {"purge-cache": caches.purge}), stop),
         ):
             following = console.follow(supervisor.watch(), address, loaded.config)
             async with _background(following, stop):
@@ -167,6 +171,7 @@ class Workers:
         self._metrics_fd = shared_memory()
         self._board_fd = shared_memory("board")
         self._cache_fd = shared_memory("cache")
+        self.bulletin = Bulletin(settings.server.workers, None, self._cache_fd)
         self._config = settings
         self._settings = config.encode(settings)
         self._control_socket = str(paths.control_socket)

@@ -47,13 +47,16 @@ def parse(asked: Mapping[str, str], model_called: Callable[[str], str]) -> Purge
     """
     for name in asked:
         if name not in ("model", "key_prefix"):
-            raise BadRequest(f"unknown parameter {name!r}; known: model, key_prefix", param=name)
+            raise BadRequest(
+                f"unknown parameter {name!r}; known: model, key_prefix", param=name, code="invalid_parameter"
+            )
     prefix = asked.get("key_prefix", "").lower()
     if not _HEX(prefix):
         raise BadRequest(
             f"key_prefix is {prefix[:80]!r}; give an even number of hexadecimal digits, {2 * KEY_BYTES} at most: the "
             "beginning of an x-polyvox-cache-key, of which the first 16 are the id of the API key",
             param="key_prefix",
+            code="invalid_parameter",
         )
     return Purge(model_called(asked["model"]) if asked.get("model") else None, bytes.fromhex(prefix))
 

@@ -1,0 +1,46 @@
+"""What the parent process says of the caches of its workers, and has them do, for `polyvox cache`."""
+
+import difflib
+from collections.abc import Callable
+
+import msgspec
+
+from proxy.cache import bulletin
+from proxy.cache.bulletin import Bulletin
+from proxy.config import Config
+from proxy.errors import NoCache, RequestError, UnknownModel
+
+_words = msgspec.json.Decoder(dict[str, str]).decode
+
+
+class Supervision:
+    """The caches of one server."""
+
+    def __init__(self, config: Callable[[], Config], bulletin: Bulletin) -> None:
+        """config: returns the current one."""
+        self._config = config
+        self._bulletin = bulletin
+
+    def __repr__(self) -> str:
+        return f"<Supervision {self._bulletin!r}>"
+
+    def report(self) -> bytes:
+        """Return what the caches hold and have done, as JSON; null for a server that keeps no answers."""
+        return msgspec.json.encode(self._bulletin.all() if self._config().cache_settings() else None)
+
+    async def purge(self, body: bytes) -> tuple[int, bytes]:
+        """Have all workers drop what a body says (`model`, `key_prefix`); return a status, and how many that were."""
+        try:
+            if self._config().cache_settings() is None:
+                raise NoCache
+            purge = bulletin.parse(_words(body), self._model_called)
+        except RequestError as e:
+            return e.status, e.envelope()
+        return 200, msgspec.json.encode({"purged": await self._bulletin.purge(purge)})
+
+    def _model_called(self, name: str) -> str:
+        config = self._config()
+        model = config.names().model(name)
+        if model not in config.models:
+            raise UnknownModel(name, difflib.get_close_matches(name, config.models, n=3, cutoff=0.5))
+        return model
