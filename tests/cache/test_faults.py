@@ -15,7 +15,7 @@ from proxy.secret import Secret
 from tests.fakes.one_worker import EVENTS, JSON, document, events, proxying, text_of
 from tests.fakes.scripted_upstream import _read_request, chunked, ok
 
-CLIENTS, QUESTIONS, SECONDS = 48, 8, 3.0
+CLIENTS, QUESTIONS, SECONDS = 48, 8, 2.0
 KEYS = ("secret-one", "secret-two")
 HEAD = b"\r\n".join((b"HTTP/1.1 200 OK", EVENTS, b"transfer-encoding: chunked", b"", b""))
 
