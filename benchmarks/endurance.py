@@ -35,7 +35,7 @@ SLOW_SECONDS = 20.0
 BIG_STREAM = 10 * 2**20  # bytes
 _AT_REST = 8.0  # seconds; idle connections to engines are kept for half as long
 SLOWLY = Asked(model=MODEL, stream=True)
-_EVENT = b"data: " + b"x" * 1010 + b"\r\n\r\n"
+_EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"' + b"x" * 950 + b'"}}]}\r\n\r\n'
 _READ = len(_EVENT)
 
 

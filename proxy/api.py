@@ -15,7 +15,8 @@ from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
 from proxy.auth import Caller, Keys
 from proxy.cache import bulletin
-from proxy.cached import GONE, Cached, WhenGone
+from proxy.cache.replies import GONE, WhenGone
+from proxy.cached import Cached
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.deadline import Deadline

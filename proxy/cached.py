@@ -3,27 +3,23 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import msgspec
 
-from proxy import accounting, sse
-from proxy.accounting import NoAccount, StreamAccount, Tally, Usage
-from proxy.cache import Claim, Entry, Stats, Store, key, replay
+from proxy.cache import Claim, Entry, Stats, Store, key, replay, replies
 from proxy.cache.bulletin import ALL, Bulletin, Purge, Report
 from proxy.cache.flight import Flight
+from proxy.cache.replies import Client, FlightKey, Walks, Wanted
 from proxy.cache.settings import CacheRule, CacheSettings, size
 from proxy.cache.wish import Wish
-from proxy.deadline import Deadline
-from proxy.errors import StoreUnavailable, TruncatedAnswer, UpstreamError, upstream_failure
-from proxy.fallback import Walk
+from proxy.errors import StoreUnavailable, TruncatedAnswer, UpstreamError
 from proxy.providers import Asked
 from proxy.registry import Model
 from proxy.relay import Exchange
-from proxy.renaming import EventRenamer
-from proxy.reply import Headers, Reply, with_length
+from proxy.reply import Reply
 from proxy.telemetry import CACHE_RESULTS, FIRST_TOKEN
 from proxy.transport import content_type
 
@@ -33,46 +29,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# An extension of ASGI that our server has. It takes what is called when the client goes, instead of ending the task.
-GONE = "polyvox.when_gone"
-WhenGone = Callable[[Callable[[], object] | None], None]
-
-Walks = Callable[..., Walk]  # from the arguments of Walk that are left open: deadline, whole
-FlightKey = tuple[bytes | str, ...]  # the key of the cache, and the chain
-
 _ELSEWHERE = Stats(None, None, 0, 0)
 _PATIENCE = 60.0  # seconds to wait for another replica's answer, where the client does not say how long it waits
 _WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
-
-
-class Client(NamedTuple):
-    """What is known of who waits for an answer. when_gone: see GONE; None where it is not there."""
-
-    deadline: Deadline | None = None
-    when_gone: WhenGone | None = None
-
-
-class Wanted(msgspec.Struct, frozen=True, gc=False):
-    """A request whose answer may be kept.
-
-    walk: makes its walk. flight: what requests have in common that can share one generation: who lists other fallbacks
-    wants no part of it. shows_cost: see Exchange.
-    """
-
-    asked: Asked
-    model: Model
-    walk: Walks
-    exchange: Exchange
-    client: Client
-    wish: Wish
-    rule: CacheRule
-    key: bytes
-    flight: FlightKey
-    shows_cost: bool
-
-    def hides_usage(self) -> bool:
-        """Say whether a stream is not to tell what it used."""
-        return not accounting.asks_usage(bytes(self.asked.envelope.fields.get("stream_options", b"")))
 
 
 class Cached:
@@ -128,6 +87,12 @@ class Cached:
             if reply is not None:  # 2, 3
                 return reply
         return await self._lead(wanted)  # 4
+
+    def follow(self, settings: CacheSettings) -> None:
+        """Keep answers by other rules from now on. The store stays."""
+        self._settings = settings
+        self._limit = size(settings.max_entry_bytes)
+        self._rule = cache(settings.rule)
 
     async def purge(self, purge: Purge = ALL) -> int:
         """Have all workers forget answers, those that are being made included; return how many were kept.
@@ -197,18 +162,13 @@ class Cached:
 
     def _replay(self, entry: Entry, wanted: Wanted, result: str) -> Reply:
         """Make the reply of a kept answer, in the form that is asked for."""
-        exchange, name = wanted.exchange, wanted.asked.envelope.model
+        exchange = wanted.exchange
         exchange.cache, exchange.source = result, entry.endpoint
         exchange.answers(200)
-        if not wanted.asked.envelope.stream:
-            document = replay.document(entry, name)
-            headers = with_length([(b"content-type", _type(entry, stream=False))], len(document))
-            return self._labelled(_given(document, headers, entry, exchange), exchange, wanted.key, entry)
-        pace = self._settings.pace if wanted.wish.pace is None else wanted.wish.pace
-        cost = _free if wanted.shows_cost else None
-        events = replay.events(entry, name, hide_usage=wanted.hides_usage(), cost=cost, pieces=pace > 0)
-        headers = [(b"content-type", _type(entry, stream=True))]
-        reply = _paced(events, pace, headers, wanted) if pace else _given(events, headers, entry, exchange)
+        if wanted.asked.envelope.stream:
+            reply = replies.stream(entry, wanted, self._settings.pace if wanted.wish.pace is None else wanted.wish.pace)
+        else:
+            reply = replies.document(entry, wanted)
         return self._labelled(reply, exchange, wanted.key, entry)
 
     def _labelled(
@@ -247,7 +207,7 @@ class Cached:
             return None
         exchange.cache, exchange.source = "joined", flight.source
         exchange.answers(200)
-        return self._labelled(_live(flight, wanted, leads=False), exchange, wanted.key)
+        return self._labelled(replies.live(flight, wanted, leads=False), exchange, wanted.key)
 
     async def _lead(self, wanted: Wanted) -> Reply:
         """Have an answer made."""
@@ -269,7 +229,7 @@ class Cached:
         if flight.reply is None:
             assert flight.entry  # it was in the shared store, or answers a question that means the same
             return _near(self._replay(flight.entry, wanted, "hit"), flight)
-        reply = _live(flight, wanted, leads=True) if flight.streams else flight.reply
+        reply = replies.live(flight, wanted, leads=True) if flight.streams else flight.reply
         return self._labelled(reply, wanted.exchange, wanted.key)
 
     async def _fly(self, flight: Flight, wanted: Wanted) -> None:
@@ -408,52 +368,3 @@ async def _passed(reply: Reply, flight: Flight, source: str, *, streams: bool) -
             passing, more = await reply.mend(error)
         flight.put(passing)
     return flight.whole()
-
-
-def _live(flight: Flight, wanted: Wanted, *, leads: bool) -> Reply:
-    """Make the reply of one who reads a stream while it is made."""
-    assert flight.reply
-    exchange, name = wanted.exchange, wanted.asked.envelope.model
-    cost = (exchange.cost if leads else _free) if wanted.shows_cost else None
-    first = FIRST_TOKEN.get(exchange.operation, b"")
-    account = StreamAccount(hide_usage=wanted.hides_usage(), first_token=first, cost=cost)
-    headers = list(flight.reply.headers)
-    reply = Reply(exchange, 200, headers, account, flight.reader(exchange), accounts=not leads)
-    if flight.name != name:
-        reply.change = EventRenamer(name)
-
-    async def end(reply: Reply, error: UpstreamError) -> tuple[bytes, bool]:
-        exchange.fail(error)
-        return reply.broken(error) + sse.error_event(upstream_failure(error).envelope()), False
-
-    reply.mending = end
-    return reply
-
-
-def _given(body: bytes, headers: Headers, entry: Entry, exchange: Exchange) -> Reply:
-    reply = Reply(exchange, 200, headers, NoAccount(Tally.of(entry.usage, entry.finish_reason)), None)
-    reply.document = body
-    return reply
-
-
-def _paced(events: bytes, pace: float, headers: Headers, wanted: Wanted) -> Reply:
-    """Make the reply of a kept answer that is given event by event. pace: events a second."""
-
-    async def body() -> AsyncIterator[bytes]:
-        for event in sse.Events().feed(events):
-            yield event
-            await asyncio.sleep(1 / pace)
-
-    exchange = wanted.exchange
-    account = StreamAccount(first_token=FIRST_TOKEN.get(exchange.operation, b""))
-    return Reply(exchange, 200, headers, account, body())
-
-
-def _free(usage: Usage) -> float:
-    return 0.0
-
-
-def _type(entry: Entry, *, stream: bool) -> bytes:
-    if entry.stream == stream:
-        return entry.content_type
-    return replay.EVENT_STREAM if stream else replay.JSON

@@ -9,7 +9,8 @@ import msgspec
 from proxy import accounting, explanation, forbidden, limits, presets, wire, wishes
 from proxy.asking import Placed
 from proxy.cache import wish
-from proxy.cached import Cached, Client, WhenGone
+from proxy.cache.replies import Client, WhenGone
+from proxy.cached import Cached
 from proxy.deadline import Deadline
 from proxy.dispatch import Dispatcher, Inquiry
 from proxy.ensemble import FanOut

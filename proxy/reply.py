@@ -25,6 +25,7 @@ _SERVERS_OWN = frozenset(
 )  # fmt: skip
 _RENAMED_LIMIT = 256 * 1024 * 1024  # bytes of a document that must be held whole to be changed
 _HELD_LIMIT = 1024 * 1024  # bytes of one that is held whole so that another endpoint can still answer; of any error
+_OPENING_LIMIT = 256 * 1024  # bytes of a stream that are held before its first token
 # What tells of errors as a chat does. The others have their own events for it, which pass.
 _OPENAI = frozenset(("chat", "text_completion"))
 
@@ -142,11 +143,11 @@ class Reply:
         yield passing
 
     async def open(self, deadline: float, clock: Callable[[], float]) -> None:
-        """Read up to the first token, so that nothing is sent before. Raises UpstreamError."""
+        """Read up to the first token, so that nothing is sent before; or what may be held. Raises UpstreamError."""
         assert self.body is not None
         async for data in self.body:
             self.opening += self.read(data)
-            if not self._awaits_token:
+            if not self._awaits_token or len(self.opening) > _OPENING_LIMIT:
                 return
             if clock() > deadline:  # what comes is no token
                 raise FirstTokenTimeout

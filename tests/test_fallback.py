@@ -286,6 +286,18 @@ def test_no_byte_is_sent_before_the_first_token():
     two_models([HEAD, *pings, Step.STALL], streamed(*events("b")), story, timeouts=Timeouts(first_token=0.01))
 
 
+def test_what_comes_before_the_first_token_is_held_up_to_a_limit():
+    word = b'data: {"note":"' + b"x" * 65_000 + b'"}\n\n'
+
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+        async with proxy.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            assert answer.headers["x-polyvox-endpoint"] == "m/0"
+            assert await anext(answer.aiter_bytes(len(word))) == word
+
+    two_models([HEAD, *[piece(word)] * 16, Step.STALL], streamed(*events("b")), story)
+
+
 # What is retried, what is not, and what the client is told
 
 
