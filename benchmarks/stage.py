@@ -45,6 +45,7 @@ def configuration(shipped: Path, cloud: str) -> dict[str, Any]:
     settings = {"timeouts": _TIMES, "breaker": _BREAKER}
     return {
         "server": {"host": "127.0.0.1", "workers": 1},
+        "cache": False,  # greedy answers would come from it
         "models": {
             HOME: {"engine": engine, **settings},
             "cloud": {"endpoints": [far], **settings},

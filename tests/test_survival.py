@@ -30,6 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     times = {"connect": 1, "first_byte": 3, "between_bytes": 1, "first_token": 1}
     configuration = {
         "server": {"workers": 2},
+        "cache": False,
         "models": {
             "twice": {"engine": {**engine, "replicas": 2}, "timeouts": times, "breaker": {"recovery": 1}},
             "cloud": {"engine": engine},

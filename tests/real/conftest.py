@@ -50,6 +50,7 @@ def server(checkpoints: Checkpoints) -> Iterator[Server]:
     }
     configuration: dict[str, object] = {
         "server": {"start_wait": 1},
+        "cache": False,  # it is the engines that are asked
         "models": {name: {"engine": settings, "probe": name == PROBED} for name, settings in models.items()},
         "aliases": {"gpt-3.5-turbo": "smollm2"},
         "ensembles": {

@@ -29,7 +29,7 @@ LONG = {
 @pytest.fixture
 def alone(checkpoints: Checkpoints) -> Iterator[Server]:
     """A server of its own, with one engine, for a test that ends it."""
-    configuration: dict[str, object] = {"models": {MODEL: {"engine": engine(checkpoints.llama, 2048)}}}
+    configuration: dict[str, object] = {"cache": False, "models": {MODEL: {"engine": engine(checkpoints.llama, 2048)}}}
     with tempfile.TemporaryDirectory(prefix="polyvox-") as folder, serve(configuration, Path(folder)) as running:
         yield running
 

