@@ -24,7 +24,7 @@ from benchmarks.replicas import BLOCK, Job, Machine, Replica
 from proxy.balancer import Balancer, Board, Lease, Prompt, prefixes
 from proxy.balancer.gauges import Gauges
 from proxy.config import Balance
-from proxy.metrics import shared_memory
+from proxy.shared import Slots, shared_memory
 
 MODEL = "m"
 BYTES_PER_TOKEN = 4
@@ -117,7 +117,7 @@ class Replay:
         names = {MODEL: [place.name for place in self._places]}
         case, memory = self._case, shared_memory()
         tables = [MODEL] if case.policy == "predicted_ttft" else []
-        boards = [Board(names, tables, case.workers, i, memory) for i in range(case.workers)]
+        boards = [Board(Slots.of(names, tables), case.workers, i, memory) for i in range(case.workers)]
         os.close(memory)
         return [Balancer(names, {MODEL: case.policy}, board, self._chance.random, case.stale) for board in boards]
 
@@ -266,7 +266,7 @@ def pick_cost(count: int, workers: int, size: int) -> float:
     """Return the microseconds of a pick: the best of several rounds, since others use the machine too."""
     names = {MODEL: [f"{MODEL}/{i}" for i in range(count)]}
     memory = shared_memory()
-    boards = [Board(names, [MODEL], workers, i, memory) for i in range(workers)]
+    boards = [Board(Slots.of(names, [MODEL]), workers, i, memory) for i in range(workers)]
     os.close(memory)
     balancer = Balancer(names, {MODEL: "predicted_ttft"}, boards[0], random.Random(0).random)
     places = tuple(Place(name, i) for i, name in enumerate(names[MODEL]))

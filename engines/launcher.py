@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from engines import environment, memory, weights
@@ -34,6 +34,11 @@ class Launcher:
         plan = memory.plan(specs, footprints, read_machine())
         self._placements |= plan.placements
         return plan
+
+    def forget(self, engines: Iterable[str]) -> None:
+        """Plan engines anew when they start next, since they have become others."""
+        for engine in engines:
+            self._placements.pop(engine, None)
 
     def preview(self, spec: EngineSpec) -> Launch:
         """Return how a planned engine would be started. Nothing is fetched or made."""

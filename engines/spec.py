@@ -6,7 +6,7 @@ Data only. The proxy and the supervisor share this module and nothing else.
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, structs
 
 State = Literal["stopped", "starting", "ready", "draining", "failed"]
 
@@ -73,6 +73,13 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     restart: Restart = Restart()
 
 
+# What the supervisor and the proxy heed, and the process knows nothing of.
+_BESIDE: dict[str, Any] = {
+    "replicas": 1, "autostart": True, "start_timeout": 0.0, "hang_timeout": 0.0, "drain_timeout": 0.0,
+    "max_in_flight": None, "restart": Restart(),
+}  # fmt: skip
+
+
 class EngineSpec(msgspec.Struct, frozen=True):
     """One engine process: a replica of a local model. `model` is also the name that the engine serves.
 
@@ -88,6 +95,11 @@ class EngineSpec(msgspec.Struct, frozen=True):
     def id(self) -> str:
         """The name of this engine in logs, headers and commands: `model/replica`."""
         return f"{self.model}/{self.replica}"
+
+    def same_process(self, other: "EngineSpec") -> bool:
+        """Say whether a process that runs by this spec would be the same by another: it need not be restarted."""
+        mine, theirs = (structs.replace(spec.settings, **_BESIDE) for spec in (self, other))
+        return mine == theirs and self.media_domains == other.media_domains
 
 
 class EngineStatus(msgspec.Struct, frozen=True, omit_defaults=True):

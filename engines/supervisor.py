@@ -17,9 +17,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -62,16 +62,16 @@ class Supervisor:
     def __init__(
         self, specs: Sequence[EngineSpec], paths: StatePaths, prepare: Prepare, pace: Pace | None = None
     ) -> None:
-        # Mutable: the lock's file, the task that owns each engine, the version of the fleet and the event of
-        # its next change, and the task that closes it all.
-        self._paths, self._pace = paths, pace or Pace()
-        self._engines = {
-            spec.id: Engine(spec, self._log_file(spec.id), prepare, self._spawn, self._change, self._pace)
-            for spec in specs
-        }
+        # Mutable: the engines, those that are wanted, and the task that owns each; the lock's file, the version of the
+        # fleet and the event of its next change, what is being done to follow other specs, and the task that closes it.
+        self._paths, self._pace, self._prepare = paths, pace or Pace(), prepare
+        self._engines = {spec.id: self._engine(spec) for spec in specs}
+        self._wanted = {spec.id: spec for spec in specs}
+        self._owners: dict[str, asyncio.Task[None]] = {}
         self._state_id = ""
         self._lock: int | None = None
-        self._owners: list[asyncio.Task[None]] = []
+        self._started = False
+        self._following: set[asyncio.Task[None]] = set()
         self._version = 0
         self._changed = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
@@ -95,9 +95,70 @@ class Supervisor:
         """Claim the folder if that was not done, and begin to load the engines; returns before they are ready."""
         if self._lock is None:
             await self.claim()
-        self._owners = [asyncio.create_task(engine.own()) for engine in self._engines.values()]
-        first = (e for e in self._engines.values() if e.spec.settings.autostart)
-        await asyncio.gather(*(engine.command("load") for engine in first))
+        self._started = True
+        await asyncio.gather(*(self._begin(engine) for engine in self._engines.values()))
+
+    async def follow(self, specs: Sequence[EngineSpec]) -> None:
+        """Run these engines from now on; return when that has begun.
+
+        1. One that is gone drains and stops. 2. A new one is loaded, where it is to start by itself. 3. One whose
+        process would be another is restarted, one replica of a model after the other; 4. all others just go on.
+        """
+        self._wanted = {spec.id: spec for spec in specs}
+        for engine_id in self._engines.keys() - self._wanted.keys():  # 1
+            self._go_on(self._remove(self._engines[engine_id]))
+        others: dict[str, list[Engine]] = {}
+        for spec in specs:
+            engine = self._engines.get(spec.id)
+            if engine is None:  # 2
+                await self._add(spec.id)
+            elif self._is_leaving(spec.id):
+                self._go_on(self._add(spec.id))
+            else:  # 3, 4
+                if not spec.same_process(engine.spec):
+                    others.setdefault(spec.model, []).append(engine)
+                engine.spec = spec
+        for changed in others.values():
+            self._go_on(self._restart_in_turn(changed))
+
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+
+    async def _add(self, engine_id: str) -> None:
+        """Take an engine in, if it is still wanted when one of its name that leaves has gone."""
+        while self._is_leaving(engine_id):
+            await self._changed.wait()
+        if engine_id in self._wanted and engine_id not in self._engines:
+            engine = self._engines[engine_id] = self._engine(self._wanted[engine_id])
+            await self._begin(engine)
+
+    def _is_leaving(self, engine_id: str) -> bool:
+        return engine_id in self._owners and bool(self._owners[engine_id].cancelling())
+
+    async def _begin(self, engine: Engine) -> None:
+        self._owners[engine.spec.id] = asyncio.create_task(engine.own())
+        if engine.spec.settings.autostart:
+            await engine.command("load")
+
+    async def _remove(self, engine: Engine) -> None:
+        """Drain and stop an engine, and forget it."""
+        owner = self._owners[engine.spec.id]
+        owner.cancel()
+        await asyncio.wait([owner])
+        del self._engines[engine.spec.id], self._owners[engine.spec.id]
+        self._change()
+
+    async def _restart_in_turn(self, engines: Sequence[Engine]) -> None:
+        for engine in engines:
+            with contextlib.suppress(IllegalMove):  # it does not run, or begins anew already
+                await engine.command("restart")
+            while engine.state in ("starting", "draining"):
+                await self._changed.wait()
+
+    def _engine(self, spec: EngineSpec) -> Engine:
+        return Engine(spec, self._log_file(spec.id), self._prepare, self._spawn, self._change, self._pace)
 
     async def load(self, model: str, replica: int | None = None) -> None:
         """Begin to load a model's engines, or one of them; nothing happens to those that run."""
@@ -116,7 +177,7 @@ class Supervisor:
 
         Raises UnknownEngine, or IllegalMove when none of them can do it now.
         """
-        if self._closing is not None or not self._owners:
+        if self._closing is not None or not self._started:
             raise IllegalMove("the server is stopping" if self._closing else "the supervisor has not started")
         chosen = [self._engines[i] for i in self.select(model, replica)]
         outcomes = await asyncio.gather(*(e.command(command) for e in chosen), return_exceptions=True)
@@ -170,9 +231,9 @@ class Supervisor:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        for owner in self._owners:
-            owner.cancel()
-        await asyncio.gather(*self._owners, return_exceptions=True)
+        for task in (*self._following, *self._owners.values()):
+            task.cancel()
+        await asyncio.gather(*self._following, *self._owners.values(), return_exceptions=True)
         self._closed = True
         self._change()
         if self._lock is not None:

@@ -137,6 +137,21 @@ def logs(engine: str, lines: int, follow: bool, state_dir: Path | None, data_dir
 
 
 @main.command()
+@_state_options
+def reload(state_dir: Path | None, data_dir: Path | None) -> None:
+    """Have a running server follow its configuration file as it is now, without dropping a request.
+
+    Prints what has changed. A file with an error is refused (exit status 2), and the server goes on as it was.
+    """
+    import msgspec
+
+    from proxy.reloading import Applied
+
+    applied = msgspec.json.decode(_ask(state_dir, data_dir, lambda client: client.service("reload")), type=Applied)
+    click.echo(f"configuration {applied.generation}: {applied.changes}")
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_state_options
 def endpoints(as_json: bool, state_dir: Path | None, data_dir: Path | None) -> None:
@@ -399,7 +414,7 @@ def _ask(state_dir: Path | None, data_dir: Path | None, question: Callable[[Any]
     except ControlUnreachable as e:
         raise fail(str(e), UNREACHABLE) from None
     except ControlRefused as e:
-        raise fail(str(e), FAILED) from None
+        raise fail(str(e), USAGE if e.code == "invalid_configuration" else FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

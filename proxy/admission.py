@@ -78,16 +78,22 @@ class Admission:
     ) -> None:
         """queues: of each model. clock: the one that leases are told the time of."""
         self._balancer = balancer
-        self._queues = queues
         self._sink = sink
         self._clock = clock
-        # All mutable state: who waits for each model.
-        self._lines = {model: _Line() for model in queues}
-        for model, line in self._lines.items():
-            balancer.on_release(model, line.wake)
+        # All mutable state: the queue of each model that there ever was, and who waits in it.
+        self._queues: dict[str, Queue] = {}
+        self._lines: dict[str, _Line] = {}
+        self.follow(queues)
 
     def __repr__(self) -> str:
         return f"<Admission {self._lines!r} {self._balancer!r}>"
+
+    def follow(self, queues: Mapping[str, Queue]) -> None:
+        """Have these queues, for the models that the balancer has by now. Who waits goes on waiting."""
+        self._queues |= queues
+        for model in queues:
+            line = self._lines.setdefault(model, _Line())
+            self._balancer.on_release(model, line.wake)
 
     def prompt(
         self, model: str, fields: Mapping[str, bytes | msgspec.Raw], salt: str | None, size: int

@@ -13,10 +13,11 @@ from litestar import Litestar
 from litestar.handlers import asgi
 from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
+from proxy.admin import PATH as ADMIN_MODELS
+from proxy.admin import Admin
 from proxy.auth import Caller, Keys
 from proxy.cache import bulletin
 from proxy.cache.replies import GONE, WhenGone
-from proxy.cached import Cached
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.deadline import Deadline
@@ -67,22 +68,27 @@ class Api:
         server: Server,
         prices: Prices | None = None,
         books: Books | None = None,
-        cached: Cached | None = None,
+        admin: Admin | None = None,
     ) -> None:
-        """books: of the ledger, for a server that keeps one. cached: the same of the cache of answers."""
-        self._chat = chat
+        """books: of the ledger, for a server that keeps one. admin: for one whose configuration can be changed."""
         self._live = live
+        self._admin = admin
         self._metrics = metrics
-        self._prices = prices
         self._books = books
-        self._cached = cached
         self._sink: Sink = Both(metrics, books.recorder) if books else metrics
+        self._started = int(time.time())
+        # All mutable state: what comes with a configuration.
+        self.follow(chat, server, prices)
+
+    def follow(self, chat: Chat, server: Server, prices: Prices | None) -> None:
+        """Answer by another configuration from now on. Requests that have begun keep what they began with."""
+        self._chat = chat
+        self._prices = prices
+        self._server = server
         self._keys = Keys(server.api_keys)
         self._usage_keys = Keys(server.api_keys, admins=server.admin_keys)
         self._metrics_keys = Keys(()) if server.metrics_public else self._keys
         self._admin_keys = Keys(server.admin_keys, required=True)
-        self._server = server
-        self._started = int(time.time())
 
     def model_request(self, scope: HTTPScope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve a POST whose body names a model."""
@@ -93,7 +99,7 @@ class Api:
         await self._guarded(scope, receive, send, "POST", self._explain_route)
 
     async def rest(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
-        """GET /v1/models, GET /v1/models/{id}, GET /v1/usage, /admin/, and every path that there is not."""
+        """GET /v1/models, GET /v1/models/{id}, GET /v1/usage, /admin/models, and every path that there is not."""
         # Litestar has one mount that takes what no route does; ids have slashes, so they need a mount as well.
         path = unquote(scope["raw_path"].decode("latin-1"))
         if path == "/v1/models" or path.startswith("/v1/models/"):
@@ -105,6 +111,8 @@ class Api:
             await self._guarded(scope, receive, send, "GET", self._show_likeness, self._admin_keys)
         elif path == "/v1/usage":
             await self._guarded(scope, receive, send, "GET", self._show_usage, self._usage_keys)
+        elif self._admin and (path == ADMIN_MODELS or path.startswith(f"{ADMIN_MODELS}/")):
+            await self._guarded(scope, receive, send, scope["method"], self._administrate, self._admin_keys)
         else:
             keys = self._admin_keys if path.startswith("/admin/") else None
             await self._guarded(scope, receive, send, scope["method"], self._refuse_path, keys)
@@ -241,14 +249,14 @@ class Api:
 
     async def _look_after_cache(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         """What the cache of answers holds and has done; DELETE drops what `model` and `key_prefix` say, or all."""
-        if self._cached is None:
+        if self._chat.cached is None:
             raise NoCache
         if scope["method"] == "DELETE":
             asked = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
             purge = bulletin.parse(asked, self._model_called)
-            body: object = {"object": "cache.purge", "purged": await self._cached.purge(purge)}
+            body: object = {"object": "cache.purge", "purged": await self._chat.cached.purge(purge)}
         else:
-            body = {"object": "cache", **msgspec.structs.asdict(await self._cached.report())}
+            body = {"object": "cache", **msgspec.structs.asdict(await self._chat.cached.report())}
         await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
         visit.exchange.complete()
 
@@ -272,6 +280,15 @@ class Api:
         accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
         content_type, page = self._metrics.page(accept.decode("latin-1"))
         await _send_bytes(send, 200, page, [(b"x-request-id", visit.request_id)], content_type)
+        visit.exchange.complete()
+
+    async def _administrate(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        body = await _read_body(scope, receive, self._server.max_body_bytes)
+        if body is None:
+            return
+        assert self._admin
+        status, answer = await self._admin.answer(scope["method"], scope["raw_path"].decode("latin-1"), body)
+        await _send_bytes(send, status, answer, [(b"x-request-id", visit.request_id)])
         visit.exchange.complete()
 
     async def _refuse_path(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:

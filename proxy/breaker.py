@@ -81,16 +81,17 @@ class Breaker:
 
     __slots__ = (
         "_avoid_until", "_bad", "_bad_before", "_believe_at", "_changed", "_good", "_good_before", "_openings",
-        "_random", "_row", "_settings", "_ticket", "_until", "_window", "state",
+        "_random", "_row", "_ticket", "_until", "_window", "settings", "state",
     )  # fmt: skip
 
     def __init__(
         self, settings: BreakerSettings, random: Callable[[], float], changed: Callable[[Change], None] = _nobody
     ) -> None:
-        self._settings = settings
         self._random = random
         self._changed = changed
-        # All mutable state: the state, and a number for it that grows with each change and each trial.
+        # All mutable state: the settings, which may be others later; the state, and a number for it that grows with
+        # each change and each trial.
+        self.settings = settings
         self.state = State.CLOSED
         self._ticket = 0
         # Closed: failures in a row; those and successes in the current window, which has a number, and the one before.
@@ -143,7 +144,7 @@ class Breaker:
 
     def rest(self, now: float, seconds: float | None) -> float:
         """The endpoint is too busy, for some seconds, or a moment if it did not say. Return until when."""
-        asked = _A_MOMENT if seconds is None else min(seconds, self._settings.recovery)
+        asked = _A_MOMENT if seconds is None else min(seconds, self.settings.recovery)
         self._avoid_until = max(self._avoid_until, now + asked)
         return self._avoid_until
 
@@ -162,10 +163,10 @@ class Breaker:
         if self.state is State.OPEN:
             self._move(Move.WAITED)
         self._ticket += 1  # an earlier trial that never reported is given up
-        self._until = now + self._settings.recovery
+        self._until = now + self.settings.recovery
 
     def _count(self, good: bool, now: float) -> None:
-        window = int(now // self._settings.window)
+        window = int(now // self.settings.window)
         if window != self._window:
             self._turn(window)
         if good:
@@ -174,7 +175,7 @@ class Breaker:
             return
         self._row += 1
         self._bad += 1
-        if self._row >= self._settings.failures or self._too_many(now):
+        if self._row >= self.settings.failures or self._too_many(now):
             self._open(Move.FAILING, now)
 
     def _turn(self, window: int) -> None:
@@ -185,15 +186,15 @@ class Breaker:
         self._window = window
 
     def _too_many(self, now: float) -> bool:
-        settings = self._settings
+        settings = self.settings
         left = 1.0 - (now / settings.window) % 1.0
         good, bad = self._good + left * self._good_before, self._bad + left * self._bad_before
         return good + bad >= settings.minimum and bad >= settings.error_rate * (good + bad)
 
     def _open(self, move: Move, now: float) -> None:
         self._openings += 1
-        doubled = self._settings.recovery * 2.0 ** min(self._openings - 1, 30)
-        wait = min(doubled, self._settings.max_recovery) * (1 - _SPREAD + 2 * _SPREAD * self._random())
+        doubled = self.settings.recovery * 2.0 ** min(self._openings - 1, 30)
+        wait = min(doubled, self.settings.max_recovery) * (1 - _SPREAD + 2 * _SPREAD * self._random())
         self._until = now + wait
         failed = self._openings - 1
         self._believe_at = now + (min(_DISBELIEF * 2.0 ** min(failed - 1, 30), wait) if failed else 0.0)

@@ -55,7 +55,7 @@ class Chat:
         """cached: of a server that keeps answers."""
         self._ways = ways
         self._dispatcher = dispatcher or Dispatcher(ways.endpoints, ways.limits)
-        self._cached = cached
+        self.cached = cached
 
     def __repr__(self) -> str:
         return f"<Chat {self._ways.endpoints!r}>"
@@ -97,7 +97,7 @@ class Chat:
         if envelope.stream and (options := asked.envelope.fields.get("stream_options")):
             asked, exchange.shows_cost = _without_cost(asked, bytes(options))
         chosen = not isinstance(target, Model)
-        if wish.FIELD in asked.envelope.fields or self._cached is not None:
+        if wish.FIELD in asked.envelope.fields or self.cached is not None:
             reply = await self._cache(asked, model, chain, request, exchange, chosen=chosen)
         else:
             reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
@@ -113,10 +113,10 @@ class Chat:
         if field is not None:
             asked = _without(asked, wish.FIELD)
         walk = partial(Walk, self._ways, asked, model, chain, exchange, chosen=chosen)
-        if self._cached is None:
+        if self.cached is None:
             return await walk(request.deadline).answer()
         client = Client(request.deadline, request.when_gone)
-        return await self._cached.answer(asked, model, chain, exchange, walk, wish.read(request.headers, field), client)
+        return await self.cached.answer(asked, model, chain, exchange, walk, wish.read(request.headers, field), client)
 
     async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
         """Answer a request with several models."""

@@ -65,7 +65,8 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where and how the proxy listens.
 
     api_keys: each a string, or {key: ..., models: [...]} for one that may ask for these models and aliases only.
-    admin_keys: what lies under /admin/ takes these only. metrics_public: /metrics needs no key.
+    admin_keys: what lies under /admin/ takes these only. metrics_public: /metrics needs no key. watch: the file is
+    followed as it changes; otherwise on SIGHUP and `polyvox reload` only.
     max_body_bytes: larger requests get 413. start_wait: seconds a request waits for an engine that is
     starting before it gets 503. drain_timeout: seconds for requests in flight when the server is stopped.
     head_timeout: seconds for the head of a request, and for an idle connection to begin one. body_timeout: seconds for
@@ -80,6 +81,7 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     api_keys: tuple[ApiKey, ...] = ()
     admin_keys: tuple[Secret, ...] = ()
     metrics_public: bool = False
+    watch: bool = True
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
     start_wait: Seconds = 60.0
     drain_timeout: Seconds = 30.0
@@ -286,10 +288,19 @@ class Loaded(msgspec.Struct, frozen=True):
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
     """Read a configuration file and the environment's overrides. Raises ConfigError."""
+    return parse(read(path), path, environ)
+
+
+def read(path: Path) -> str:
+    """Return the text of a configuration file. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+
+def parse(text: str, path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
+    """Read the text of a configuration file as `load` does. path: of the file, which need not have it yet."""
     source = _Source(str(path), environ)
     data = source.parse(text)
     if any(name.startswith("POLYVOX_") and "__" in name for name in environ):
@@ -347,7 +358,7 @@ class _Source:
         while known and known not in self.lines:
             known = known[:-1]
         where = f"{self.name}:{self.lines.get(known, 1)}: " + (f"{dotted(path)}: " if path else "")
-        return ConfigError(where + message)
+        return ConfigError(where + message, dotted(path), message)
 
     def _plain(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
         self.lines.setdefault(path, node.start_mark.line + 1)
@@ -673,13 +684,18 @@ def _check_rule(rule: Rule, config: Config, path: tuple[str | int, ...], source:
                 raise source.error((*path, field), str(e)) from None
 
 
-def _check_server(server: Server, source: _Source) -> None:
+def check_reach(server: Server, error: Callable[[tuple[str | int, ...], str], ConfigError]) -> None:
+    """Refuse to be open to all: raise what `error` makes where other machines reach a server that wants no keys."""
     if not server.api_keys and not is_loopback(server.host):
-        raise source.error(
+        raise error(
             ("server", "host"),
             f"{server.host} can be reached from other machines, so server.api_keys is needed; "
             "add a key, or listen on 127.0.0.1",
         )
+
+
+def _check_server(server: Server, source: _Source) -> None:
+    check_reach(server, source.error)
     for i, domain in enumerate(server.media_domains):
         if not media.DOMAIN.fullmatch(domain):
             raise source.error(("server", "media_domains", i), "expected a host name in lower case, and nothing else")

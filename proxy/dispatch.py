@@ -72,15 +72,20 @@ class Dispatcher:
     ) -> None:
         """tokens_per_second: of a model's streams of late, None if not known."""
         self._endpoints = endpoints
-        self._limits = limits
-        self._prices = prices
         self._tokens_per_second = tokens_per_second
         self._now = now
-        # All mutable state, by the names of models: tokens for each one of the estimate, and the speed with when it was
-        # looked up; of the newest registry, how prompts are judged and models are weighed.
+        # All mutable state: what comes with a configuration. By the names of models: tokens for each one of the
+        # estimate, and the speed with when it was looked up. Of the newest registry: how prompts are judged and models
+        # are weighed.
         self._tokens_each: dict[str, float] = {}
         self._speeds: dict[str, tuple[float, float | None]] = {}
         self._newest: _Newest | None = None
+        self.follow(limits, prices)
+
+    def follow(self, limits: Limits, prices: Prices | None) -> None:
+        """Go by another configuration from now on; the rest of it comes with each registry."""
+        self._limits = limits
+        self._prices = prices
 
     def __repr__(self) -> str:
         return f"<Dispatcher {self._tokens_each!r}>"

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from time import monotonic
 from typing import NamedTuple
@@ -96,25 +96,35 @@ class Endpoints:
         """Return the seconds until one of the endpoints that are ready may be asked."""
         return min((s.breaker.wait(now) for m in models for s in self._ready_of(m)), default=0.0)
 
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all endpoints but these: they are gone, and nobody has to check whether they are back."""
+        for name in self._standings.keys() - set(names):
+            self._standings[name].breaker.renew()
+            del self._standings[name]
+
     def _ready_of(self, model: Model) -> list[Standing]:
         ready = self._ready.get(model.name)
         if ready is None or ready.model is not model:  # the registry is a new one
+            self.budget(model).follow(model.retries)
             ready = self._ready[model.name] = _Ready(model, [self._of(e, model) for e in model.ready()])
         return ready.standings
 
     def _of(self, endpoint: Endpoint, model: Model) -> Standing:
-        """Return how an endpoint stands. Another process at its address begins anew."""
+        """Return how an endpoint stands. Another process, or another address, begins anew."""
         standing = self._standings.get(endpoint.name)
         if standing is None:
             breaker = Breaker(model.breaker, self.chance, partial(self._changed, endpoint.name))
             standing = self._standings[endpoint.name] = Standing(endpoint, breaker)
-        elif standing.endpoint.since != endpoint.since:
+        elif (standing.endpoint.since, standing.endpoint.address) != (endpoint.since, endpoint.address):
             standing.breaker.renew()
+        standing.breaker.settings = model.breaker
         standing.renew(endpoint)
         return standing
 
     def _changed(self, name: str, change: Change) -> None:
-        standing = self._standings[name]
+        standing = self._standings.get(name)
+        if standing is None:  # a request that was under way there when it was forgotten
+            return
         until = self.clock() + change.seconds if change.seconds else 0.0
         self._sink.changed(BreakerChanged(standing.endpoint.model, name, change.after.value, until))
         trial = f"; the next trial is in {change.seconds:.0f} s, or when a health check is passed"

@@ -2,7 +2,9 @@
 
 PolyvoxError
 ├── ConfigError                the configuration is wrong: file, line, key, remedy
+│   └── FileReadOnly           its file cannot be written
 ├── ServeError                 the server cannot start or go on: what, and what to do
+│   └── NotFollowed            a worker does not follow a new configuration
 ├── PluginError                what an installed distribution offers cannot be used
 ├── WrongSetting               a provider does not take a setting of its endpoint
 ├── ProbeFailed                an endpoint does not say what it can do: it does not answer, or not to us
@@ -17,6 +19,7 @@ PolyvoxError
 │   ├── NoCache                404, nor answers
 │   ├── MethodNotAllowed       405
 │   ├── RequestTimeout         408
+│   ├── Conflict               409, the server cannot do so as it is
 │   ├── BodyTooLarge           413
 │   ├── TooBusy                429
 │   ├── HeadTooLarge           431
@@ -57,11 +60,26 @@ class PolyvoxError(Exception):
 
 
 class ConfigError(PolyvoxError):
-    """The configuration is wrong. The text names file, line, key and remedy."""
+    """The configuration is wrong. The text names file, line, key and remedy.
+
+    field, problem: the key, as `models.NAME.engine`, and what is wrong with it, where that is known apart.
+    """
+
+    def __init__(self, text: str, field: str = "", problem: str = "") -> None:
+        super().__init__(text)
+        self.field, self.problem = field, problem or text
+
+
+class FileReadOnly(ConfigError):
+    """The file of the configuration cannot be written. The text names it."""
 
 
 class ServeError(PolyvoxError):
     """The server cannot start, or cannot go on. The text says what to do."""
+
+
+class NotFollowed(ServeError):
+    """A worker does not follow a new configuration, as all others do."""
 
 
 class PluginError(PolyvoxError):
@@ -188,6 +206,14 @@ class MethodNotAllowed(RequestError):
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         return [(b"allow", self._allowed.encode())]
+
+
+class Conflict(RequestError):
+    """What an administrator wants cannot be done as the server, its machine or its file are now."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
 
 
 class BodyTooLarge(RequestError):

@@ -3,7 +3,7 @@
 An endpoint has a row of doubles in the part of each worker. See proxy.metrics for the memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -70,6 +70,11 @@ def begin_work(parts: Sequence["memoryview[float]"], own: "memoryview[float]", g
         own[at + _MARK] = now
 
 
+def mark(own: "memoryview[float]", at: int, now: float) -> None:
+    """Begin to measure the work of an endpoint."""
+    own[at + _MARK] = now
+
+
 def end_work(parts: Sequence["memoryview[float]"], own: "memoryview[float]", at: int, now: float, done: float) -> None:
     """A request is over at an endpoint, which was busy since the last mark of any worker. done: see cost.work."""
     own[at + _BUSY] = cost.faded(own[at + _BUSY], max(now - max(part[at + _MARK] for part in parts), 0.0))
@@ -96,8 +101,10 @@ def _condition(parts: Sequence["memoryview[float]"], key: Key, at: int) -> Condi
     return Condition(*key, workers, min(ends, default=0.0), int(opened), int(failed))
 
 
-def families(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> Iterator["Metric"]:
-    """Yield what Prometheus is shown."""
+def families(
+    parts: Sequence["memoryview[float]"], rows: Mapping[Key, int], current: Container[Key]
+) -> Iterator["Metric"]:
+    """Yield what Prometheus is shown. current: the endpoints that there are now; of others, only what was counted."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     labels = ("model_name", "endpoint")
@@ -113,7 +120,8 @@ def families(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> I
         "polyvox_attempt_failures", "Requests that failed at an endpoint, and may have gone on elsewhere",
         labels=(*labels, "error_type"),
     )  # fmt: skip
-    for found in conditions(parts, rows):
+    rows = {key: at for key, at in rows.items() if key in current or _has_counted(parts, at)}
+    for found in conditions(parts, {key: at for key, at in rows.items() if key in current}):
         for state, count in found.workers.items():
             breakers.add_metric((found.model, found.endpoint, state), count)
     for key, at in rows.items():
@@ -163,6 +171,10 @@ def compared(tallies: Mapping[str, Tally]) -> Iterator["Metric"]:
     for alias, report in reports.items():
         nearest.add_metric([alias], buckets(report), sum_value=None)
     yield nearest
+
+
+def _has_counted(parts: Sequence["memoryview[float]"], at: int) -> bool:
+    return any(_sum(parts, at + i) for i in (_STOOD_IN, _RESUMED, *range(_CHANGES, WIDTH)))
 
 
 def _sum(parts: Sequence["memoryview[float]"], at: int) -> float:

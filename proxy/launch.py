@@ -5,36 +5,35 @@ import contextlib
 import logging
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from engines.paths import StatePaths
+from engines.spec import EngineSpec
 from proxy import config, providers
+from proxy.administration import services
 from proxy.cache import needs
-from proxy.cache.bulletin import Bulletin
 from proxy.cache.supervision import Supervision
 from proxy.config import Config, Loaded, Server
 from proxy.console import Console
 from proxy.errors import ServeError
 from proxy.ledger.books import Place
 from proxy.ledger.delivery import Delivery
-from proxy.metrics import conditions, shared_memory
-from proxy.orders import Orders
+from proxy.reloading import Reloader, Start
+from proxy.workers import Workers
 
-_QUICK_DEATH = 5.0  # seconds; a worker that ends sooner has not really started
-_QUICK_DEATHS = 5
 _WORKER_MARGIN = 3.0  # seconds that a worker gets beyond its own grace before it is killed
 
 
 def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
     """Serve a configuration. Raises ConfigError or ServeError."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    loaded = config.load(file, environ)
+    text = config.read(file)
+    loaded = config.parse(text, file, environ)
     providers.check(loaded)
     needs.check(loaded)
     listening = _bind(loaded.config.server)
@@ -42,13 +41,14 @@ def main(file: Path, environ: Mapping[str, str], paths: StatePaths) -> None:
         paths.create()
     except OSError as e:
         raise ServeError(f"cannot write state to {e.filename}: {e.strerror}; give another --state-dir") from None
-    asyncio.run(_serve(loaded, paths, Console(), listening))
+    workers = Workers(loaded.config, listening, paths, Console())
+    asyncio.run(_serve(Start(file, environ, text, loaded), paths, workers, listening))
 
 
-async def _serve(loaded: Loaded, paths: StatePaths, console: Console, listening: socket.socket) -> None:
+async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: socket.socket) -> None:
     """Run workers and engines until SIGTERM or SIGINT; a second one ends everything at once."""
-    stop, hurry = _stop_signals()
-    workers = Workers(loaded.config, listening, paths, console)
+    stop, hurry, reload = _signals()
+    console, loaded = workers.console, start.loaded
     async with _background(_deliver(loaded, paths), stop), _background(workers.run(), stop):
         # The workers listen while the parent is still importing what the engines need.
         from engines.control import serve_control
@@ -57,20 +57,22 @@ async def _serve(loaded: Loaded, paths: StatePaths, console: Console, listening:
 
         launcher = Launcher(paths, loaded.base)
         supervisor = Supervisor(loaded.config.engines(), paths, launcher.prepare)
+        reloader = Reloader(start, Parts(workers, supervisor, launcher), console)
         address = address_of(listening)
         reports = {"endpoints": workers.endpoints, "address": lambda: msgspec.json.encode(address)}
-        caches = Supervision(lambda: loaded.config, workers.bulletin)
+        caches = Supervision(lambda: reloader.loaded.config, workers.bulletin)
         reports["cache"] = caches.report
+        offered = {**services(reloader), "purge-cache": caches.purge}
         async with (
             _engines(supervisor, launcher, loaded),
-            _background(serve_control(supervisor, paths.control_socket, reports, {"purge-cache": caches.purge}), stop),
+            _background(serve_control(supervisor, paths.control_socket, reports, offered), stop),
         ):
             following = console.follow(supervisor.watch(), address, loaded.config)
-            async with _background(following, stop):
+            async with _background(following, stop), _background(reloader.watch(reload), stop):
                 await stop.wait()
                 console.say("stopping; requests in flight may finish, press Ctrl-C again to end at once")
                 async with _background(hurry.wait(), stop) as hurried:
-                    drained = asyncio.ensure_future(_drain(listening, workers, loaded.config))
+                    drained = asyncio.ensure_future(_drain(listening, workers, reloader.loaded.config))
                     await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
                     await _cancelled(drained)
 
@@ -85,40 +87,94 @@ async def _deliver(loaded: Loaded, paths: StatePaths) -> None:
 @contextlib.asynccontextmanager
 async def _engines(supervisor: Any, launcher: Any, loaded: Loaded) -> AsyncIterator[None]:
     """Load the engines, after whatever an earlier run left is gone and the memory for all of them is found."""
-    from engines.memory import PlanRefused
     from engines.supervisor import AlreadyRunning
-    from engines.weights import WeightsSourceError
 
     try:
         await supervisor.claim()
-        await asyncio.to_thread(launcher.plan, [s for s in loaded.config.engines() if s.settings.autostart])
+        await _plan(launcher, loaded.config.engines(), loaded)
         await supervisor.start()
-    except (AlreadyRunning, WeightsSourceError) as e:
+    except AlreadyRunning as e:
         raise ServeError(loaded.redact(str(e))) from None
-    except PlanRefused as e:
-        raise ServeError(f"the engines do not fit on this machine:\n{loaded.redact(str(e))}") from None
     try:
         yield
     finally:
         await supervisor.close(0)
 
 
-async def _drain(listening: socket.socket, workers: "Workers", settings: Config) -> None:
+async def _plan(launcher: Any, engines: Iterable[EngineSpec], loaded: Loaded) -> None:
+    """Find the memory for all engines that start by themselves. Raises ServeError."""
+    from engines.memory import PlanRefused
+    from engines.weights import WeightsSourceError
+
+    try:
+        await asyncio.to_thread(launcher.plan, [spec for spec in engines if spec.settings.autostart])
+    except WeightsSourceError as e:
+        raise ServeError(loaded.redact(str(e))) from None
+    except PlanRefused as e:
+        raise ServeError(f"the engines do not fit on this machine:\n{loaded.redact(str(e))}") from None
+
+
+class Parts:
+    """The workers and the engines, which follow a configuration: see reloading.Followers."""
+
+    def __init__(self, workers: Workers, supervisor: Any, launcher: Any) -> None:
+        self._workers = workers
+        self._supervisor = supervisor
+        self._launcher = launcher
+
+    def __repr__(self) -> str:
+        return f"<Parts {self._workers!r} {self._supervisor!r}>"
+
+    async def check(self, new: Loaded, old: Loaded) -> None:
+        """See that there is memory for new engines, beside those that run. Raises ServeError.
+
+        One that changes frees what it has before it starts anew, and is planned then.
+        """
+        there = {spec.id for spec in old.config.engines()}
+        if added := [spec for spec in new.config.engines() if spec.id not in there]:
+            await _plan(self._launcher, added, new)
+
+    async def follow(self, new: Loaded, old: Loaded) -> None:
+        """Have the workers go by a configuration, then the engines: who is to go gets no more. Raises NotFollowed."""
+        there, specs = {spec.id: spec for spec in old.config.engines()}, new.config.engines()
+        self._launcher.forget(spec.id for spec in specs if spec.id in there and not spec.same_process(there[spec.id]))
+        try:
+            await self._workers.follow(new.config)
+        finally:
+            await self._supervisor.follow(specs)
+
+    def refused(self) -> None:
+        self._workers.refused()
+
+
+async def _drain(listening: socket.socket, workers: Workers, settings: Config) -> None:
     """Refuse new connections, let the requests in flight finish."""
     listening.close()
     await workers.stop(settings.server.drain_timeout + _WORKER_MARGIN)
 
 
-def _stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Return two events: set by the first SIGTERM or SIGINT, and by the second."""
-    stop, hurry = asyncio.Event(), asyncio.Event()
+def _signals() -> tuple[asyncio.Event, asyncio.Event, asyncio.Event]:
+    """Return three events: set by the first SIGTERM or SIGINT, by the second, and by SIGHUP.
+
+    That is also what comes when a terminal is closed, which ends a server that was started there.
+    """
+    stop, hurry, reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    had_terminal = sys.stdin.isatty()
 
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    return stop, hurry
+
+    def on_hangup() -> None:
+        if had_terminal and not sys.stdin.isatty():
+            on_signal()
+        else:
+            reload.set()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
+    return stop, hurry, reload
 
 
 @contextlib.asynccontextmanager
@@ -160,86 +216,3 @@ def address_of(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     return f"http://{reachable}:{port}"
-
-
-class Workers:
-    """The proxy workers: processes that share one listening socket. One that ends is replaced."""
-
-    def __init__(self, settings: Config, listening: socket.socket, paths: StatePaths, console: Console) -> None:
-        self._fd = listening.fileno()
-        # What workers have counted outlives them here.
-        self._metrics_fd = shared_memory()
-        self._board_fd = shared_memory("board")
-        self._cache_fd = shared_memory("cache")
-        self.bulletin = Bulletin(settings.server.workers, None, self._cache_fd)
-        self._config = settings
-        self._settings = config.encode(settings)
-        self._control_socket = str(paths.control_socket)
-        self._folders = (str(paths.ledger), str(paths.capabilities))
-        self._count = settings.server.workers
-        self._console = console
-        # All mutable state: the processes that run now, and whether they are meant to.
-        self._processes: set[asyncio.subprocess.Process] = set()
-        self._stopping = False
-
-    def __repr__(self) -> str:
-        return f"<Workers {sorted(p.pid for p in self._processes)} of {self._count}>"
-
-    def endpoints(self) -> bytes:
-        """Return how the endpoints are, as all workers together see them: figures.Condition for each, as JSON."""
-        return msgspec.json.encode(conditions(self._config, self._metrics_fd))
-
-    async def run(self) -> None:
-        """Keep all workers running until `stop`. Raises ServeError if they do not stay up."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for number in range(self._count):
-                    group.create_task(self._keep_one(number))
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-
-    async def _keep_one(self, number: int) -> None:
-        loop, deaths = asyncio.get_running_loop(), 0
-        while not self._stopping:
-            started = loop.time()
-            status = await self._run_one(number)
-            if self._stopping:
-                return
-            deaths = deaths + 1 if loop.time() - started < _QUICK_DEATH else 0
-            if deaths >= _QUICK_DEATHS:
-                raise ServeError(f"workers end as soon as they start (exit status {status}); see above")
-            self._console.say(f"a worker ended (exit status {status}); starting another", style="yellow")
-
-    async def _run_one(self, number: int) -> int:
-        shared = (self._fd, self._metrics_fd, self._board_fd, self._cache_fd)
-        orders = Orders(self._settings, self._control_socket, *shared, number, *self._folders)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "proxy.worker", stdin=subprocess.PIPE, pass_fds=shared
-        )
-        self._processes.add(process)
-        try:
-            assert process.stdin
-            process.stdin.write(orders.frame())
-            return await process.wait()
-        finally:
-            self._processes.discard(process)
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-
-    async def stop(self, grace: float) -> None:
-        """Let requests in flight finish for `grace` seconds at most, then end the workers."""
-        self._stopping = True
-        processes = set(self._processes)
-        for process in processes:
-            _signal(process, signal.SIGTERM)
-        if processes:
-            await asyncio.wait([asyncio.ensure_future(p.wait()) for p in processes], timeout=grace)
-        for process in processes:
-            _signal(process, signal.SIGKILL)
-
-
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(number)

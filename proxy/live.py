@@ -68,6 +68,11 @@ class Sources:
     def __repr__(self) -> str:
         return f"<Sources of {self._live!r}: fleet {self._fleet.version}, {len(self._findings)} findings>"
 
+    def follow(self, config: Config) -> None:
+        """There is another configuration."""
+        self._config = config
+        self._build()
+
     def heard(self, fleet: FleetStatus) -> None:
         """The supervisor told of its engines."""
         self._fleet = fleet

@@ -52,7 +52,11 @@ async def ask(offered: list[Offer]) -> dict[str, Tariff]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "proxy.market", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
-    written, _ = await process.communicate(msgspec.json.encode(offered))
+    try:
+        written, _ = await process.communicate(msgspec.json.encode(offered))
+    except asyncio.CancelledError:
+        process.kill()
+        raise
     with contextlib.suppress(msgspec.DecodeError):
         return msgspec.json.decode(written, type=dict[str, Tariff])
     return {}

@@ -5,8 +5,6 @@ series is a row of doubles whose place is known beforehand, as models, endpoints
 adding to a double. Each worker writes a part of its own, and reads those of the others.
 """
 
-import mmap
-import os
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ from proxy.cache.bulletin import Report
 from proxy.cache.likeness import Tally
 from proxy.config import Config
 from proxy.cost import work
+from proxy.shared import Shared, Slot, Slots, slots_of
 from proxy.telemetry import (
     CACHE_RESULTS,
     ERROR_TYPES,
@@ -37,8 +36,6 @@ from proxy.telemetry import (
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
-
-_DOUBLE = 8  # bytes
 
 # Upper bounds in seconds: vLLM's. Those that OpenTelemetry has for first and further tokens are a part of them.
 # fmt: off
@@ -102,66 +99,85 @@ _TTFT, _TPOT, _E2E, _OVERHEAD = _HISTOGRAMS = tuple(
 _WIDTH = _OVERHEAD.sum_at + 1
 
 
-class Layout:
-    """Where the doubles of a worker are: gauges of endpoints and queues, each series, and rows.
+# What there is once for a server, at the start: of its configuration, written by the parent process.
+_GENERATION, _RELOADED, _REFUSED, _COMMON = range(4)
 
-    rows: of each endpoint, see figures. tallies: of aliases whose questions are compared by meaning, see likeness.
+_KINDS = (*dict.fromkeys(OPERATIONS.values()), OTHER)
+# What a model, or an endpoint, has room for: a gauge, a row of figures, a series for each kind of request; and what was
+# counted of questions that are compared by their meaning.
+_ROW = 1
+_SERIES = _ROW + figures.WIDTH
+_TALLY = _SERIES + len(_KINDS) * _WIDTH
+_ROOM = _TALLY + likeness.WIDTH
+
+
+class Layout:
+    """Where the doubles of a worker are: gauges of endpoints and queues, each series, the row of each endpoint.
+
+    The room of each model and endpoint for all workers is in one piece, behind those that came before.
     """
 
-    def __init__(self, config: Config) -> None:
-        names = config.endpoint_names()
-        operations = (*dict.fromkeys(OPERATIONS.values()), OTHER)
-        keys = [(UNKNOWN, "", o) for o in operations]
-        keys += [(name, "", o) for name in config.ensembles for o in operations]
-        keys += [(m, e, o) for m, endpoints in names.items() for e in ("", *endpoints) for o in operations]
-        self.gauges = {key: i for i, key in enumerate((m, e) for m, es in names.items() for e in es)}
-        self.queues = {m: len(self.gauges) + i for i, m in enumerate(names)}
-        first = len(self.gauges) + len(self.queues)
-        self.series = {key: first + i * _WIDTH for i, key in enumerate(keys)}
-        rows = first + len(keys) * _WIDTH
-        self.rows = {key: rows + i * figures.WIDTH for i, key in enumerate(self.gauges)}
-        tallies = rows + len(self.gauges) * figures.WIDTH
-        cache = config.cache_settings()
-        self.tallies = {a: tallies + i * likeness.WIDTH for i, a in enumerate(cache.semantics() if cache else ())}
-        self.size = tallies + len(self.tallies) * likeness.WIDTH
+    def __init__(self, slots: Sequence[Slot], workers: int) -> None:
+        models = [(UNKNOWN, ""), *((slot.model, e) for slot in slots for e in ("", *slot.endpoints))]
+        rooms = {key: i * _ROOM * workers for i, key in enumerate(dict.fromkeys(models))}
+        self.gauges = {key: at for key, at in rooms.items() if key[1]}
+        self.queues = {model: at for (model, endpoint), at in rooms.items() if not endpoint}
+        self.series = {(*key, o): at + _SERIES + i * _WIDTH for key, at in rooms.items() for i, o in enumerate(_KINDS)}
+        self.rows = {key: at + _ROW for key, at in self.gauges.items()}
+        self.size = _COMMON + len(rooms) * _ROOM * workers
         self.elsewhere = self.series[UNKNOWN, "", OTHER]
 
     def __repr__(self) -> str:
         return f"<Layout {len(self.gauges)} gauges, {len(self.series)} series>"
 
 
-def shared_memory(name: str = "metrics") -> int:
-    """Return the descriptor of memory for the figures of all workers. It ends with the last process that has it."""
-    return os.memfd_create(f"polyvox-{name}")
-
-
 class Metrics:
     """The figures of one worker, and a view of those of all."""
 
     def __init__(
-        self, config: Config, worker: int = 0, memory: int = -1, clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        worker: int = 0,
+        memory: int = -1,
+        clock: Callable[[], float] = time.monotonic,
+        slots: Slots | None = None,
     ) -> None:
-        """Take part `worker` of the memory behind a descriptor, which all workers lay out alike; -1: my own."""
-        self._layout = layout = Layout(config)
+        """Take part `worker` of the memory behind a descriptor, which all workers lay out alike; -1: my own.
+
+        slots: what has room there; the configuration's models, if left out.
+        """
+        self._memory = Shared(memory)
+        self._worker, self._workers = worker, config.server.workers
         self._clock = clock
-        self._hosted = frozenset(name for name, model in config.models.items() if model.hosting)
-        size = layout.size * config.server.workers * _DOUBLE
-        if memory >= 0:
-            os.ftruncate(memory, size)
         # Who knows what the stores of the cache hold, where there is one.
         self.stores: Callable[[], Report] | None = None
-        # All mutable state: the doubles of all workers; this one writes its own only.
-        self._all = memoryview(mmap.mmap(memory, size)).cast("d")
-        self._parts = _parts(self._all, layout)
-        self._own = self._parts[worker]
+        # All mutable state: where everything is, which models are current and which hosted, and the doubles of all
+        # workers, of which this one writes its own only; of aliases whose questions are compared, what was counted.
+        self._hosted: frozenset[str] = frozenset()
+        self.tallies: dict[str, Tally] = {}
+        self.follow(config, slots or slots_of(config))
         # The worker that had this part before may have died in the middle.
-        for gauge in (*layout.gauges.values(), *layout.queues.values()):
+        for gauge in (*self._layout.gauges.values(), *self._layout.queues.values()):
             self._own[gauge] = 0.0
-        figures.clear(self._own, layout.rows)
-        self.tallies = {name: Tally(self._parts, worker, at) for name, at in layout.tallies.items()}
+        figures.clear(self._own, self._layout.rows)
 
     def __repr__(self) -> str:
         return f"<Metrics {self._layout!r}>"
+
+    def follow(self, config: Config, slots: Slots) -> None:
+        """Count for the models of another configuration. What was counted stays, also of models that are gone."""
+        self._layout = Layout(slots.given, self._workers)
+        self._shown = _keys(slots)
+        before, self._hosted = self._hosted, frozenset(n for n, model in config.models.items() if model.hosting)
+        self._all = self._memory.doubles(self._layout.size)
+        self._parts = _parts(self._all, self._workers)
+        self._own = self._parts[self._worker]
+        for key, row in self._layout.rows.items():
+            if key[0] in self._hosted - before:  # what is under way there counts from now on
+                figures.mark(self._own, row, self._clock())
+        cache = config.cache_settings()
+        places = {name: self._layout.queues[name] + _TALLY for name in (cache.semantics() if cache else ())}
+        self.tallies = {name: Tally(self._parts, self._worker, at) for name, at in places.items()}
 
     def started(self, event: RequestStarted) -> None:
         key = (event.model, event.endpoint)
@@ -247,26 +263,40 @@ class Metrics:
         rows = {key: _summed(parts, at, _WIDTH) for key, at in counted.items()}
         gauges = {key: _summed(parts, at, 1)[0] for key, at in self._layout.gauges.items()}
         queues = {model: _summed(parts, at, 1)[0] for model, at in self._layout.queues.items()}
-        yield _waiting(queues)
-        yield from _families(rows, gauges)
-        yield from figures.families(parts, self._layout.rows)
+        yield from _configuration(self._all)
+        yield _waiting({model: value for model, value in queues.items() if value or (model, "") in self._shown})
+        yield from _families(rows, {key: value for key, value in gauges.items() if value or key in self._shown})
+        yield from figures.families(parts, self._layout.rows, self._shown)
         if self.tallies:
             yield from figures.compared(self.tallies)
         if self.stores is not None:
             yield from figures.stored(self.stores())
 
 
-def conditions(config: Config, memory: int) -> list[figures.Condition]:
+def conditions(slots: Slots, workers: int, memory: int) -> list[figures.Condition]:
     """Return how each endpoint is, from the memory of a running server's workers, of which nothing is changed."""
-    layout = Layout(config)
-    size = layout.size * config.server.workers * _DOUBLE
-    os.ftruncate(memory, size)
-    every = memoryview(mmap.mmap(memory, size, prot=mmap.PROT_READ)).cast("d")
-    return figures.conditions(_parts(every, layout), layout.rows)
+    layout, shown = Layout(slots.given, workers), _keys(slots)
+    parts = _parts(Shared(memory).doubles(layout.size), workers)
+    return figures.conditions(parts, {key: at for key, at in layout.rows.items() if key in shown})
 
 
-def _parts(every: "memoryview[float]", layout: Layout) -> list["memoryview[float]"]:
-    return [every[i : i + layout.size] for i in range(0, len(every), layout.size)]
+def _keys(slots: Slots) -> frozenset[figures.Key]:
+    """Return models (with an endpoint of "") and endpoints that there are now."""
+    models = (slot for slot in slots.current if slot.endpoints)
+    return frozenset((slot.model, endpoint) for slot in models for endpoint in ("", *slot.endpoints))
+
+
+def _parts(every: "memoryview[float]", workers: int) -> list["memoryview[float]"]:
+    """Return what each worker sees: the same place has the same number in each."""
+    return [every[_COMMON + i * _ROOM :] for i in range(workers)]
+
+
+def note_reload(memory: int, generation: int, when: float | None) -> None:
+    """Show which configuration the workers follow. when: it came, by UNIX time; None: another came, and was refused."""
+    common = Shared(memory).doubles(_COMMON)
+    common[_GENERATION], common[_REFUSED] = generation, when is None
+    if when is not None:
+        common[_RELOADED] = when
 
 
 class _Collected:
@@ -284,6 +314,19 @@ _Rows = dict[tuple[str, str, str], list[float]]
 
 def _summed(parts: Sequence["memoryview[float]"], at: int, width: int) -> list[float]:
     return [sum(column) for column in zip(*(part[at : at + width] for part in parts), strict=True)]
+
+
+def _configuration(common: "memoryview[float]") -> Iterator["Metric"]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    name = "polyvox_config"
+    yield GaugeMetricFamily(f"{name}_generation", "Configurations since the start", common[_GENERATION])
+    yield GaugeMetricFamily(
+        f"{name}_last_reload_successful", "Whether the last one that came was valid", float(not common[_REFUSED])
+    )
+    yield GaugeMetricFamily(
+        f"{name}_last_reload_success_timestamp_seconds", "When the one that is followed came", common[_RELOADED]
+    )
 
 
 def _waiting(queues: dict[str, float]) -> "Metric":

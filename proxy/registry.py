@@ -162,6 +162,10 @@ class Registry(msgspec.Struct, frozen=True):
         found = self.models.get(model)
         return next((e for e in found.ready() if e.name == name), None) if found else None
 
+    def addresses(self) -> set[str]:
+        """Return the addresses of all endpoints."""
+        return {endpoint.address for model in self.models.values() for endpoint in model.endpoints}
+
     def names(self, only: frozenset[str] | None = None) -> list[str]:
         """Return every name that can be asked for, or those of them that `only` permits: models first.
 

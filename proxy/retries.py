@@ -17,15 +17,19 @@ class Budget:
     __slots__ = ("_at", "_most", "_rate", "_share", "_tokens")
 
     def __init__(self, settings: RetrySettings) -> None:
-        self._share = settings.share
-        self._rate = settings.per_second
-        self._most = _SAVED * settings.per_second + 100 * settings.share
-        # All mutable state: what may be tried now, and when the guaranteed rate was last added.
+        # All mutable state: the settings, what may be tried now, and when the guaranteed rate was last added.
+        self.follow(settings)
         self._tokens = _SAVED * settings.per_second
         self._at = 0.0
 
     def __repr__(self) -> str:
         return f"<Budget {self._tokens:.1f} retries>"
+
+    def follow(self, settings: RetrySettings) -> None:
+        """Go by other settings from now on."""
+        self._share = settings.share
+        self._rate = settings.per_second
+        self._most = _SAVED * settings.per_second + 100 * settings.share
 
     def earn(self) -> None:
         """A request has come."""

@@ -108,7 +108,8 @@ class Route:
 
     def still_there(self, name: str) -> list[Standing]:
         """Return the endpoints of a model that a request in its queue may go to now. Raises what to tell if none."""
-        model = self._ways.live.current.models.get(name)
+        known = self._ways.live.current.models
+        model = known.get(name) or (self.model if name == self.model.name else None)
         allowed = self._allowed(model, self._ways.endpoints.clock()) if model else []
         if not allowed:
             raise self.unavailable()
@@ -118,11 +119,13 @@ class Route:
         """Some endpoints were tried in vain. again: what was wrong may pass in a moment."""
         keys = frozenset(map(_key, tried))
         self._tried |= keys
+        self._renew()
         if again and self._again is not None:
             self._again |= keys
 
     def begin_anew(self, broken: Endpoint, *, again: bool) -> None:
         """What was tried before is as good as any, but for one that has just broken. again: so may that be, later."""
+        self._renew()
         self._tried, self._waited = frozenset((_key(broken),)), False
         self._again = self._tried if again else _NONE
         self._rounds = ROUNDS - 1  # a client is reading: it is asked once
@@ -153,8 +156,9 @@ class Route:
             yield 0, self.model
         models = self._ways.live.current.models
         for level, name in enumerate(self._chain, 1):
-            if self._suits(models[name]):
-                yield level, models[name]
+            model = models.get(name)
+            if model and self._suits(model):  # None: a new configuration has it no more
+                yield level, model
 
     def _suits(self, model: Model) -> bool:
         """Say whether a model of the chain may be asked this at all."""
@@ -180,8 +184,12 @@ class Route:
         return [s for s in fresh if s.endpoint.continues] if self.must_continue else fresh
 
     def _look_again(self) -> Place | None:
-        self.model = self._ways.live.current.models.get(self.model.name, self.model)
+        self._renew()
         return self.find()
+
+    def _renew(self) -> None:
+        """Take the model from the newest registry; one that a new configuration has no more stays as it was."""
+        self.model = self._ways.live.current.models.get(self.model.name, self.model)
 
     def _is_starting(self) -> bool:
         """Say whether an engine that could answer is about to."""

@@ -15,6 +15,7 @@ from proxy.balancer import Balancer, Board, Lease
 from proxy.config import Queue
 from proxy.errors import EngineStopped, TooBusy
 from proxy.registry import Endpoint
+from proxy.shared import Slots
 from proxy.telemetry import RequestQueued
 
 
@@ -34,7 +35,7 @@ class Door:
     def __init__(self, size: int = 100, timeout: float = 60.0, *, endpoints: int = 1, most: int = 1) -> None:
         names = {"m": [f"m/{i}" for i in range(endpoints)]}
         self.gauge, self.now = Gauge(), 0.0
-        balancer = Balancer(names, {"m": "least_loaded"}, Board(names, []), random.Random(1).random)
+        balancer = Balancer(names, {"m": "least_loaded"}, Board(Slots.of(names, [])), random.Random(1).random)
         queues = {"m": Queue(size, timeout)}
         self.admission = Admission(balancer, queues, self.gauge, lambda: self.now)  # type: ignore[arg-type]
         self.places = [

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from proxy.balancer import Ask, Balancer, Board, Load, policies
 from proxy.balancer.gauges import Gauges
 from proxy.balancer.policies import least_loaded
-from proxy.metrics import shared_memory
 from proxy.registry import Endpoint
+from proxy.shared import Slot, Slots, shared_memory
 
 ONES = [100.0, 100.0, 100.0]
 
@@ -31,14 +31,14 @@ def balancer(count: int, policy: str = "predicted_ttft", board: Board | None = N
     names = {"m": [f"m/{i}" for i in range(count)]}
     tables = ["m"] if policy == "predicted_ttft" and count > 1 else []
     chance = random.Random(7).random
-    return Balancer(names, {"m": policy}, board or Board(names, tables), chance)  # type: ignore[dict-item]
+    return Balancer(names, {"m": policy}, board or Board(Slots.of(names, tables)), chance)  # type: ignore[dict-item]
 
 
 def workers(count: int, endpoints: int) -> list[Balancer]:
     """Return the balancers of several workers that see each other's load."""
     names = {"m": [f"m/{i}" for i in range(endpoints)]}
     memory = shared_memory()
-    boards = [Board(names, ["m"], count, number, memory) for number in range(count)]
+    boards = [Board(Slots.of(names, ["m"]), count, number, memory) for number in range(count)]
     os.close(memory)
     return [balancer(endpoints, board=board) for board in boards]
 
@@ -370,13 +370,13 @@ def test_what_a_dead_worker_had_under_way_is_forgotten_by_its_replacement():
     names = {"m": ["m/0", "m/1"]}
     memory = shared_memory()
     try:
-        boards = [Board(names, ["m"], 2, number, memory) for number in (0, 1)]
+        boards = [Board(Slots.of(names, ["m"]), 2, number, memory) for number in (0, 1)]
         dead, other = (balancer(2, board=board) for board in boards)
         candidates = endpoints(2, max_in_flight=1)
         assert dead.pick("m", candidates, None, 0.0)
         assert dead.pick("m", candidates, None, 0.0)
         assert other.pick("m", candidates, None, 0.0) is None
-        Board(names, ["m"], 2, 0, memory)
+        Board(Slots.of(names, ["m"]), 2, 0, memory)
         assert other.pick("m", candidates, None, 1.0)
     finally:
         os.close(memory)
@@ -384,5 +384,87 @@ def test_what_a_dead_worker_had_under_way_is_forgotten_by_its_replacement():
 
 def test_each_endpoint_with_a_choice_is_watched_by_one_worker():
     names = {"one": ["one/0"], "three": ["three/0", "three/1", "three/2"]}
-    mine = [Board(names, ["three"], 2, number).mine() for number in (0, 1)]
+    mine = [Board(Slots.of(names, ["three"]), 2, number).mine() for number in (0, 1)]
     assert mine == [{"three": ["three/0", "three/2"]}, {"three": ["three/1"]}]
+
+
+# Another configuration
+
+
+def test_leases_of_endpoints_that_stay_are_counted_where_they_are_now_and_given_back_there():
+    board = Board(Slots.of({"m": ["m/0"]}, []))
+    one = Balancer({"m": ["m/0"]}, {"m": "least_loaded"}, board)
+    _, lease = one.pick("m", endpoints(1), None, 0.0)  # type: ignore[misc]
+    grow(one, board, 2)
+    assert [load.in_flight for load in one.loads("m")] == [1, 0]
+    assert board.block("m").live_sums()[0] == [1, 0]
+    name, _ = one.pick("m", endpoints(2), None, 0.0)  # type: ignore[misc]
+    assert name.name == "m/1"
+    lease.release()
+    assert board.block("m").live_sums()[0] == [0, 1]
+
+
+def test_what_was_learned_of_an_endpoint_that_stays_is_kept():
+    board = Board(Slots.of({"m": ["m/0", "m/1"]}, ["m"]))
+    one = Balancer({"m": ["m/0", "m/1"]}, {"m": "predicted_ttft"}, board)
+    traffic = Traffic(one, count=2)
+    _, lease = traffic.send(b"a" * 50_000)
+    traffic.now = 5.0
+    lease.token(5.0)
+    lease.release(6.0)
+    before = sum(map(sum, board.block("m").slow_sums()))
+    grow(one, board, 3, given=board_slots(2, ["m"]))
+    assert sum(map(sum, board.block("m").slow_sums())) == pytest.approx(before)
+
+
+def test_an_endpoint_that_is_gone_is_not_chosen_by_a_request_that_still_knows_it():
+    board = Board(Slots.of({"m": ["m/0", "m/1"]}, []))
+    one = Balancer({"m": ["m/0", "m/1"]}, {"m": "least_loaded"}, board)
+    grow(one, board, 1)
+    assert one.pick("m", endpoints(2, max_in_flight=1)[1:], None, 0.0) is None
+
+
+def test_requests_for_a_model_that_is_gone_can_still_be_sent():
+    board = Board(Slots.of({"m": ["m/0"], "n": ["n/0"]}, []))
+    one = Balancer({"m": ["m/0"], "n": ["n/0"]}, {"m": "least_loaded", "n": "least_loaded"}, board)
+    board.follow(Slots.of({"n": ["n/0"]}, [], Slots.of({"m": ["m/0"], "n": ["n/0"]}, []).given))
+    one.follow({"n": ["n/0"]}, {"n": "least_loaded"})
+    _, lease = one.pick("m", endpoints(1), None, 0.0)  # type: ignore[misc]
+    lease.release()
+
+
+def board_slots(count: int, tables: list[str]) -> tuple[Slot, ...]:
+    return Slots.of({"m": [f"m/{i}" for i in range(count)]}, tables).given
+
+
+def grow(balancer: Balancer, board: Board, count: int, given: tuple[Slot, ...] = ()) -> tuple[Slot, ...]:
+    """Have so many endpoints from now on; return all slots that there ever were."""
+    names = {"m": [f"m/{i}" for i in range(count)]}
+    slots = Slots.of(names, [], given or board_slots(1, []) + board_slots(2, []))
+    board.follow(slots)
+    balancer.follow(names, {"m": "least_loaded"})
+    return slots.given
+
+
+@given(st.lists(st.tuples(st.sampled_from(["pick", "release", "follow"]), st.integers(0, 3), st.integers(1, 3))))
+def test_whatever_changes_what_is_under_way_is_counted_once_by_all_workers(steps: list[tuple[str, int, int]]):
+    memory = shared_memory()
+    given_slots = board_slots(2, [])
+    boards = [Board(Slots.of({"m": ["m/0", "m/1"]}, []), 2, number, memory) for number in (0, 1)]
+    os.close(memory)
+    both = [Balancer({"m": ["m/0", "m/1"]}, {"m": "least_loaded"}, board) for board in boards]
+    held, count = [], 2
+    for what, which, size in steps:
+        if what == "pick":
+            picked = both[which % 2].pick("m", endpoints(count), None, 0.0)
+            assert picked
+            held.append((picked[0].name, picked[1]))
+        elif what == "release" and held:
+            held.pop(which % len(held))[1].release()
+        elif what == "follow":
+            count = size
+            for one, board in zip(both, boards, strict=True):
+                slots = grow(one, board, count, given_slots)
+            given_slots = slots
+        names = [name for name, _ in held]
+        assert boards[0].block("m").live_sums()[0] == [names.count(f"m/{i}") for i in range(count)]

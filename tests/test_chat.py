@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from engines.spec import EngineSettings, FleetStatus, Simulation
-from proxy.app import make_admission, make_balancer, make_board
+from proxy.app import make_admission, make_balancer
+from proxy.balancer import Board
 from proxy.chat import Chat, Incoming
 from proxy.config import Config, EndpointSettings, ModelSettings
 from proxy.deadline import HEADER, Deadline
@@ -19,6 +20,7 @@ from proxy.metrics import Metrics
 from proxy.registry import build
 from proxy.relay import Exchange
 from proxy.route import Ways
+from proxy.shared import slots_of
 
 END = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
@@ -77,7 +79,7 @@ def answered(
     transport = FakeTransport()
     live = LiveRegistry(build(config, FleetStatus(version=0)))
     metrics = Metrics(config)
-    admission = make_admission(config, make_balancer(config, make_board(config)), metrics)
+    admission = make_admission(config, make_balancer(config, Board(slots_of(config))), metrics)
     ways = Ways(live, Endpoints(metrics), lambda endpoint: transport, 1.0, Limits(), admission)  # type: ignore[arg-type, return-value]
     chat = Chat(ways)
     request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id", None, deadline)
@@ -128,7 +130,7 @@ def test_a_deadline_ends_the_wait_for_an_engine_that_starts():
     config = Config(models={"m": ModelSettings(engine=EngineSettings(simulator=Simulation()))})
     live = LiveRegistry(build(config, FleetStatus(version=0)))
     metrics = Metrics(config)
-    admission = make_admission(config, make_balancer(config, make_board(config)), metrics)
+    admission = make_admission(config, make_balancer(config, Board(slots_of(config))), metrics)
     chat = Chat(Ways(live, Endpoints(metrics), FakeTransport, 60.0, Limits(), admission))  # type: ignore[arg-type]
     deadline = Deadline.of([(HEADER, b"0.01")])
     request = Incoming("POST", "/v1/chat/completions", b"", [], b'{"model":"m"}', b"id", None, deadline)

@@ -7,12 +7,13 @@ import pytest
 
 from engines.spec import FleetStatus
 from proxy import gauging
-from proxy.app import make_balancer, make_board
-from proxy.balancer import Balancer
+from proxy.app import make_balancer
+from proxy.balancer import Balancer, Board
 from proxy.config import Config, EndpointSettings, ModelSettings, Secret
 from proxy.errors import ConnectFailed
 from proxy.live import LiveRegistry
 from proxy.registry import Endpoint, build
+from proxy.shared import slots_of
 
 CONFIG = Config(
     models={
@@ -59,7 +60,7 @@ class Engine:
 
 def watched(page: Callable[[], Page | None]) -> tuple[Balancer, LiveRegistry, list[Engine]]:
     """Follow two engines, the first with a page and the second idle, until each was asked."""
-    balancer, live = make_balancer(CONFIG, make_board(CONFIG)), LiveRegistry(build(CONFIG, FleetStatus(version=0)))
+    balancer, live = make_balancer(CONFIG, Board(slots_of(CONFIG))), LiveRegistry(build(CONFIG, FleetStatus(version=0)))
 
     async def story() -> list[Engine]:
         engines = [Engine(page()), Engine(Page(200, "vllm:num_requests_running 0.0\n"))]

@@ -14,10 +14,11 @@ from proxy.breaker import Breaker, Outcome, State
 from proxy.config import BreakerSettings, Config, EndpointSettings, ModelSettings, Server
 from proxy.cost import Hosting, Price
 from proxy.errors import ConnectFailed, DeadlinePassed, PoolTimeout, UnknownModel, WrongKey
-from proxy.metrics import Metrics, shared_memory
+from proxy.metrics import Metrics, note_reload
 from proxy.prices import Prices
 from proxy.registry import build
 from proxy.relay import Exchange
+from proxy.shared import shared_memory, slots_of
 from proxy.telemetry import AttemptFailed, RequestFinished, RequestStarted
 from tests.scraping import Page
 
@@ -392,6 +393,57 @@ def test_tokens_that_nobody_told_have_no_known_cost_and_a_refusal_has_none(sink:
         exchange.answered(answer)  # type: ignore[arg-type]
         asyncio.run(exchange.close())
         assert sink.events[-1].usd == usd
+
+
+# Another configuration
+
+
+def test_what_was_counted_stays_in_its_place_whatever_models_come_and_go():
+    memory = shared_memory()
+    try:
+        one, two = (Metrics(CONFIG, number, memory) for number in (0, 1))
+        one.started(RequestStarted("local", "local/0"))
+        two.finished(finished(model="remote", endpoint="remote/0", under_way=False))
+        more = Config(server=CONFIG.server, models={"new": CONFIG.models["remote"], "local": CONFIG.models["local"]})
+        slots = slots_of(more, slots_of(CONFIG).given)
+        one.follow(more, slots)
+        one.finished(finished(model="new", endpoint="new/0", under_way=False))
+        one.finished(finished())
+        two.follow(more, slots)
+        for page in (page_of(one), page_of(two), page_of(Metrics(more, 0, memory, slots=slots))):
+            assert page.value("polyvox_requests_total", model_name="local") == 1
+            assert page.value("polyvox_requests_total", model_name="remote") == 1
+            assert page.value("polyvox_requests_total", model_name="new") == 1
+            assert page.value("polyvox_num_requests_running") == 0
+            assert page.series("polyvox_num_requests_running", model_name="remote") == []
+            assert page.series("polyvox_breakers", model_name="remote") == []
+    finally:
+        os.close(memory)
+
+
+def test_an_engine_whose_hosting_is_said_later_is_busy_from_then_on(clock: Clock):
+    clock.tick(1000.0)
+    metrics = Metrics(CONFIG, clock=clock)
+    metrics.started(RequestStarted("local", "local/0"))
+    clock.tick(5.0)
+    metrics.follow(HOSTED, slots_of(HOSTED))
+    clock.tick(2.0)
+    metrics.finished(finished())
+    assert metrics.throughput("local", "local/0")[0] == pytest.approx(2.0, rel=0.01)
+
+
+def test_what_became_of_a_new_configuration_is_shown():
+    memory = shared_memory()
+    try:
+        metrics = Metrics(CONFIG, 0, memory)
+        note_reload(memory, 2, 1700000000.5)
+        note_reload(memory, 2, None)
+        page = page_of(metrics)
+        assert page.value("polyvox_config_generation") == 2
+        assert page.value("polyvox_config_last_reload_success_timestamp_seconds") == 1700000000.5
+        assert page.value("polyvox_config_last_reload_successful") == 0
+    finally:
+        os.close(memory)
 
 
 def test_a_request_costs_what_those_did_that_were_made_for_it_and_answered(sink: Recorded, clock: Clock):

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from proxy.balancer import gauges, policies, prefixes
-from proxy.balancer.board import Board
+from proxy.balancer.board import Block, Board
 from proxy.balancer.gauges import Gauges, Seen
 from proxy.balancer.load import (
     ASKED,
@@ -52,35 +52,44 @@ C = TypeVar("C", bound=Candidate)
 class _Group:
     """The endpoints of one model."""
 
-    def __init__(self, model: str, names: Sequence[str], policy: Balance, board: Board, glance: float) -> None:
+    def __init__(self, model: str, names: Sequence[str], policy: Balance, block: Block, glance: float) -> None:
         self.model = model
-        self.policy = policy
-        self._board = board
         self._glance = glance
-        self.table = board.table(model)
-        scale = self.scale = Scale()
-        # All mutable state: the loads, the number of the last lease, leases whose first token will not be seen by when
-        # it is due, what was last seen of each endpoint's cache, and when all was last brought up to date.
-        self.loads = {
-            name: Load(board.live(model, i), board.slow(model, i), board.newest(model, i), index=i, scale=scale)
-            for i, name in enumerate(names)
-        }
+        self.scale = Scale()
+        # All mutable state: the loads that there ever were and where their doubles are, the number of the last lease,
+        # leases whose first token will not be seen by when it is due, what was last seen of each endpoint's cache, and
+        # when all was last brought up to date. See `follow` for the rest.
+        self._ever: dict[str, Load] = {}
+        self._homes: dict[str, Block] = {}
+        self.number = 0
+        self._unseen: list[tuple[float, int, Lease]] = []
+        self._seen: dict[str, Seen] = {}
+        self._glanced = self._looked = float("-inf")
+        self.follow(names, policy, block)
+
+    def __repr__(self) -> str:
+        return f"<_Group {self.model} {self.policy} {self.everything!r}>"
+
+    def follow(self, names: Sequence[str], policy: Balance, block: Block) -> None:
+        """Have these endpoints from now on. What is under way and was learned at those that stay goes on."""
+        for i, name in enumerate(names):
+            doubles = block.live(i), block.slow(i), block.newest(i)
+            if name not in self._ever:
+                self._ever[name] = Load(*doubles, index=i, scale=self.scale)
+            elif block is not self._homes[name]:
+                self._ever[name].move(*doubles, i)
+            self._homes[name] = block
+        self.policy, self._block, self.table = policy, block, block.table
+        self.loads = {name: self._ever[name] for name in names}
         for load in self.loads.values():
             load.rated = policy == "adaptive"
         self.everything = list(self.loads.values())
         self.only = self.everything[0] if len(self.everything) == 1 else None
         self.nothing = [0.0] * len(self.everything)
-        self.number = 0
-        self._unseen: list[tuple[float, int, Lease]] = []
-        self._seen = [Seen() for _ in names]
-        self._glanced = self._looked = float("-inf")
-
-    def __repr__(self) -> str:
-        return f"<_Group {self.model} {self.policy} {self.everything!r}>"
 
     def update(self, now: float) -> None:
         """Take in what the other workers have done, and what was learned."""
-        if self._board.shared and now - self._glanced >= self._glance:
+        if self._block.shared and now - self._glanced >= self._glance:
             self._glanced = now
             self.update_live()
         if now - self._looked >= _LOOK:
@@ -89,14 +98,14 @@ class _Group:
 
     def update_live(self) -> None:
         """Take in what the other workers have under way."""
-        sums = self._board.live_sums(self.model)
+        sums = self._block.live_sums()
         for load, in_flight, tokens in zip(self.everything, *sums, strict=True):
             load.in_flight, load.tokens = in_flight, tokens
 
     def _look(self, now: float) -> None:
         for load in self.everything:
             load.fade(now)
-        sums = self._board.slow_sums(self.model)
+        sums = self._block.slow_sums()
         mean = (sum(sums[PREFILLED]) + PRIOR_RATE) / (sum(sums[SECONDS]) + 1.0)
         for load, figures in zip(self.everything, zip(*sums, strict=True), strict=True):
             load.learn(figures, mean)
@@ -116,12 +125,12 @@ class _Group:
         if said is None:
             load.told(Told())
             return
-        if self._board.shared:
+        if self._block.shared:
             self.update_live()
-        slow = [figure[load.index] for figure in self._board.slow_sums(self.model)]
+        slow = [figure[load.index] for figure in self._block.slow_sums()]
         now = Seen(said.queries, said.hits, slow[ASKED], slow[FOUND])
-        load.told(gauges.judge(said, load.in_flight, now, self._seen[load.index], slow[DISTRUST]))
-        self._seen[load.index] = now
+        load.told(gauges.judge(said, load.in_flight, now, self._seen.get(name, Seen()), slow[DISTRUST]))
+        self._seen[name] = now
 
 
 class Balancer:
@@ -136,11 +145,26 @@ class Balancer:
         glance: seconds for which what the other workers have under way is taken to stand; 0: it is read for each pick.
         """
         self._chance = chance
-        # All mutable state: the endpoints of each model.
-        self._groups = {model: _Group(model, names, policy[model], board, glance) for model, names in endpoints.items()}
+        self._board = board
+        self._glance = glance
+        # All mutable state: the endpoints of each model that there ever was.
+        self._groups: dict[str, _Group] = {}
+        self.follow(endpoints, policy)
 
     def __repr__(self) -> str:
         return f"<Balancer {list(self._groups.values())!r}>"
+
+    def follow(self, endpoints: Mapping[str, Sequence[str]], policy: Mapping[str, Balance]) -> None:
+        """Have these models and endpoints, in the places that the board has for them by now.
+
+        Models that are gone stay for the requests that are under way there.
+        """
+        for model, names in endpoints.items():
+            block = self._board.block(model)
+            if model in self._groups:
+                self._groups[model].follow(names, policy[model], block)
+            else:
+                self._groups[model] = _Group(model, names, policy[model], block, self._glance)
 
     def loads(self, model: str) -> Sequence[Load]:
         """Return what is under way at each endpoint of a model."""
@@ -230,8 +254,8 @@ def _able(candidates: Sequence[C], loads: Mapping[str, Load]) -> tuple[list[C], 
     """Return the candidates that may have one more request, and their loads."""
     able, theirs = [], []
     for candidate in candidates:
-        load, most = loads[candidate.name], candidate.max_in_flight
-        if most is None or load.in_flight < most:
+        load, most = loads.get(candidate.name), candidate.max_in_flight
+        if load is not None and (most is None or load.in_flight < most):  # None: it is gone, by a new configuration
             able.append(candidate)
             theirs.append(load)
     return able, theirs

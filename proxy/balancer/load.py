@@ -94,6 +94,16 @@ class Load:
     def __repr__(self) -> str:
         return f"<Load in_flight={self.in_flight:.0f} tokens={self.tokens:.0f} rate={self.rate:.0f}/s>"
 
+    def move(
+        self, live: "memoryview[float]", slow: "memoryview[float]", newest: "memoryview[float]", index: int
+    ) -> None:
+        """Go on in other doubles, with what there was in those before. index: as it is there."""
+        for old, new in ((self._live, live), (self._slow, slow)):
+            for i in range(len(old)):
+                new[i], old[i] = old[i], 0.0
+        newest[0] = max(newest[0], self._newest[0])
+        self._live, self._slow, self._newest, self.index = live, slow, newest, index
+
     # Taking and giving back
 
     def lease(self, ask: "Ask | None" = None, now: float = 0.0, number: int = 0) -> "Lease":

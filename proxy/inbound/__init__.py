@@ -20,16 +20,22 @@ import msgspec
 from proxy.config import Server
 from proxy.inbound.connection import Connection
 
-__all__ = ["Connection", "protocol", "raise_open_files", "sweep_for_ever"]
+__all__ = ["Connection", "follow", "protocol", "raise_open_files", "sweep_for_ever"]
 
 _SWEEP = 1.0  # seconds between two looks at the connections, at most
 
 
 def protocol(settings: Server) -> type[Connection]:
     """Return the protocol class for a server."""
+    made = cast(type[Connection], type("Connection", (Connection,), {}))
+    follow(made, settings)
+    return made
+
+
+def follow(connections: type[Connection], settings: Server) -> None:
+    """Have all connections of a class go by other settings, those that are open included."""
     room = raise_open_files() // 2  # every request may need a connection to an engine as well
-    settings = msgspec.structs.replace(settings, max_connections=min(settings.max_connections, room))
-    return cast(type[Connection], type("Connection", (Connection,), {"settings": settings}))
+    connections.settings = msgspec.structs.replace(settings, max_connections=min(settings.max_connections, room))
 
 
 def raise_open_files() -> int:

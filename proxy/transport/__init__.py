@@ -84,6 +84,11 @@ class Transport(Protocol):
         """
         ...
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        ...
+
     async def close(self) -> None:
         """End all connections; answers still being read fail."""
         ...

@@ -142,6 +142,10 @@ class CloudTransport:
             undo.pop_all()
             return answer
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._closings and all(c.is_idle() or c.is_closed() for c in self._pool.connections)
+
     async def close(self) -> None:
         await asyncio.gather(*self._closings, return_exceptions=True)
         await self._pool.aclose()

@@ -468,6 +468,10 @@ class LocalTransport:
         fresh = await self._acquire(timeouts.connect)
         return await fresh.exchange(request, timeouts)
 
+    @property
+    def is_idle(self) -> bool:
+        return self._free + len(self._idle) == self._limits.max_connections
+
     async def close(self) -> None:
         self._closed = True
         for waiter in self._waiting:

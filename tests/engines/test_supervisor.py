@@ -665,3 +665,117 @@ def test_following_a_log_survives_its_rotation(tmp_path: Path) -> None:
         assert await anext(pieces) == b"four\n"
 
     run(story())
+
+
+# --- other specs ---
+
+
+def ids(fleet: Fleet) -> list[str]:
+    return [engine.id for engine in fleet.supervisor.fleet().engines]
+
+
+def test_a_new_engine_is_loaded_and_one_that_is_gone_is_drained_and_forgotten(tmp_path: Path, run_on: Story) -> None:
+    async def story() -> None:
+        async with supervised(tmp_path, engine_spec("old"), engine_spec("kept")) as fleet:
+            await fleet.until_state("ready", "old/0")
+            kept = (await fleet.until_state("ready", "kept/0")).pid
+            await fleet.supervisor.follow([engine_spec("kept"), engine_spec("new")])
+            await fleet.until_state("ready", "new/0")
+            await eventually(lambda: ids(fleet) == ["kept/0", "new/0"])
+            assert fleet.processes("old/0") == set()
+            assert fleet.pid("kept/0") == kept
+            with pytest.raises(UnknownEngine):
+                await fleet.supervisor.load("old")
+
+    run_on(story())
+
+
+def test_what_is_in_flight_at_an_engine_that_is_gone_is_waited_for(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with supervised(tmp_path) as fleet:
+            await fleet.until_state("ready")
+            await fleet.ask("/set?running=1")
+            await fleet.supervisor.follow([])
+            await fleet.until_state("draining")
+            assert fleet.processes()
+            await fleet.ask("/set?running=0")
+            await eventually(lambda: ids(fleet) == [])
+
+    run(story())
+
+
+def test_an_engine_whose_process_would_be_another_is_restarted_with_its_new_settings(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with supervised(tmp_path) as fleet:
+            before = (await fleet.until_state("ready")).pid
+            await fleet.supervisor.follow([engine_spec(args={"max-num-seqs": 3})])
+            await fleet.until(lambda status: status.state == "ready" and status.pid != before)
+            assert fleet.status().restarts == 0
+            assert fleet.script.prepared == 2
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"replicas": 2}, {"hang_timeout": 5.0}, {"drain_timeout": 1.0}, {"max_in_flight": 3},
+                 {"restart": Restart(give_up_after=2)}, {"autostart": False}, {"start_timeout": 3.0}],
+)  # fmt: skip
+def test_what_the_process_knows_nothing_of_changes_without_a_restart(tmp_path: Path, settings: dict[str, Any]) -> None:
+    async def story() -> None:
+        async with supervised(tmp_path) as fleet:
+            before = (await fleet.until_state("ready")).pid
+            await fleet.supervisor.follow([engine_spec(**settings)])
+            assert (fleet.status().state, fleet.pid()) == ("ready", before)
+            assert fleet.script.prepared == 1
+
+    run(story())
+
+
+def test_replicas_change_one_after_the_other(tmp_path: Path) -> None:
+    async def story() -> None:
+        specs = [engine_spec(replica=i) for i in range(2)]
+        async with supervised(tmp_path, *specs) as fleet:
+            for spec in specs:
+                await fleet.until_state("ready", spec.id)
+            before = {spec.id: fleet.pid(spec.id) for spec in specs}
+            least = 2
+            await fleet.supervisor.follow([engine_spec(replica=i, dtype="float32") for i in range(2)])
+            async for seen in fleet.supervisor.watch():
+                ready = {e.id: e.pid for e in seen.engines if e.state == "ready"}
+                least = min(least, len(ready))
+                if len(ready) == 2 and not set(ready.values()) & set(before.values()):
+                    break
+            assert least == 1
+
+    run(story())
+
+
+def test_an_engine_that_comes_back_while_it_goes_is_loaded_anew(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with supervised(tmp_path) as fleet:
+            before = (await fleet.until_state("ready")).pid
+            await fleet.ask("/set?running=1")
+            await fleet.supervisor.follow([])
+            await fleet.until_state("draining")
+            for _ in range(3):
+                await fleet.supervisor.follow([engine_spec()])
+            await fleet.supervisor.follow([])
+            await fleet.supervisor.follow([engine_spec()])
+            await fleet.ask("/set?running=0")
+            await eventually(lambda: ids(fleet) == ["tiny/0"] and fleet.status().state == "ready")
+            assert fleet.pid() != before
+            assert fleet.script.prepared == 2
+
+    run(story())
+
+
+def test_closing_ends_engines_that_are_on_their_way_out(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with supervised(tmp_path) as fleet:
+            await fleet.until_state("ready")
+            await fleet.ask("/set?running=1")
+            await fleet.supervisor.follow([])
+            await fleet.until_state("draining")
+        assert fleet.processes() == set()
+
+    run(story())

@@ -11,7 +11,8 @@ import uvicorn
 from engines.spec import FleetStatus
 from proxy import inbound, registry
 from proxy.api import Api, build_app
-from proxy.app import make_admission, make_balancer, make_board
+from proxy.app import make_admission, make_balancer
+from proxy.balancer import Board
 from proxy.cache.bulletin import Bulletin
 from proxy.caching import make_cached
 from proxy.chat import Chat
@@ -24,6 +25,7 @@ from proxy.prices import Prices
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
+from proxy.shared import slots_of
 from proxy.transport.local import LocalTransport
 from tests.scraping import Page
 
@@ -42,7 +44,7 @@ class Proxy:
         self.transports: dict[str, LocalTransport] = {}
         self.recovery = Recovery(self.live, self.endpoints, self.transport_to, interval=0.01)
         self.models = tuple(config.models)
-        self.balancer = make_balancer(config, make_board(config))
+        self.balancer = make_balancer(config, Board(slots_of(config)))
         admission = make_admission(config, self.balancer, self.metrics)
         server = config.server
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
@@ -52,7 +54,7 @@ class Proxy:
         self.metrics.stores = self.cached.sums if self.cached else None
         dispatcher = Dispatcher(self.endpoints, config.limits, prices, self.metrics.tokens_per_second)
         chat = Chat(ways, dispatcher, self.cached)
-        api = Api(chat, self.live, self.metrics, config.server, prices, cached=self.cached)
+        api = Api(chat, self.live, self.metrics, config.server, prices)
         self.app = build_app(api, [], [])
         self.client = httpx2.AsyncClient()
         self.port = 0

@@ -62,6 +62,23 @@ def test_bytes_arrive_while_the_answer_is_still_being_made(wire: Wire) -> None:
     wire.run(story())
 
 
+def test_it_is_idle_until_it_is_asked_and_when_the_answer_is_over(wire: Wire) -> None:
+    async def story() -> None:
+        async with wire.to([EVENTS + b"3\r\none\r\n", Step.STALL, b"0\r\n\r\n"], [Step.CLOSE]) as (upstream, to):
+            assert to.is_idle
+            answer = await get(to)
+            assert not to.is_idle
+            upstream.release()
+            await answer.read(BODY_LIMIT)
+            await answer.close()
+            assert to.is_idle
+            with pytest.raises(UpstreamError):
+                await get(to)
+            assert to.is_idle
+
+    wire.run(story())
+
+
 def test_a_body_without_length_ends_with_its_connection(wire: Wire) -> None:
     async def story() -> None:
         async with wire.to([b"HTTP/1.1 200 OK\r\n\r\nall", b" of it", Step.CLOSE]) as (_, to):
