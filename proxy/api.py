@@ -262,9 +262,9 @@ class Api:
 
     async def _show_likeness(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
         """How near questions are to earlier ones, by alias: what would be hit at which threshold."""
-        if self._cached is None:
+        if (cached := self._chat.cached) is None:
             raise NoCache
-        found = self._cached.questions.report() if self._cached.questions else {}
+        found = cached.questions.report() if cached.questions else {}
         body = {"object": "cache.semantic", "models": found}
         await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
         visit.exchange.complete()
