@@ -106,7 +106,8 @@ class Supervisor:
         """
         self._wanted = {spec.id: spec for spec in specs}
         for engine_id in self._engines.keys() - self._wanted.keys():  # 1
-            self._go_on(self._remove(self._engines[engine_id]))
+            if not self._is_leaving(engine_id):
+                self._go_on(self._remove(self._engines[engine_id]))
         others: dict[str, list[Engine]] = {}
         for spec in specs:
             engine = self._engines.get(spec.id)
@@ -232,7 +233,8 @@ class Supervisor:
 
     async def _close(self) -> None:
         for task in (*self._following, *self._owners.values()):
-            task.cancel()
+            if not task.cancelling():  # it ends its engine already
+                task.cancel()
         await asyncio.gather(*self._following, *self._owners.values(), return_exceptions=True)
         self._closed = True
         self._change()
