@@ -184,14 +184,16 @@ def endpoints(as_json: bool, state_dir: Path | None, data_dir: Path | None) -> N
     show_default=True,
     help="Tokens for trying out the context length of a server that does not say it; 0: do not.",
 )
+@click.option("--write", is_flag=True, help="Put into the configuration's file what it does not say of that yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON; progress goes to stderr.")
 @_state_options
-def probe(
+def probe(  # noqa: PLR0913
     model: str,
     config: Path | None,
     url: str | None,
     key_env: str | None,
     context_spend: int,
+    write: bool,
     as_json: bool,
     state_dir: Path | None,
     data_dir: Path | None,
@@ -205,7 +207,9 @@ def probe(
 
     if key_env and not url:
         raise click.UsageError("--key-env goes with --url")
-    wanted = probing.Wanted(model, url, key_env, context_spend, as_json)
+    if url and write:
+        raise click.UsageError("--write does not go with --url: the server is in no configuration")
+    wanted = probing.Wanted(model, url, key_env, context_spend, as_json, write)
     paths = StatePaths.resolve(state_dir, data_dir)
     file = config or default_config()
     _finish(lambda: probing.main(file, os.environ, paths, wanted, lambda: _fleet(state_dir, data_dir)))

@@ -103,8 +103,6 @@ class Worker:
         self._dispatcher.follow(config.limits, self._prices)
         self._sources.follow(config)
         self._endpoints.keep([name for names in config.endpoint_names().values() for name in names])
-        if self._cached and (settings := config.cache_settings()):
-            self._cached.follow(settings)
         self._api.follow(self._chat(), config.server, self._prices)
         self._look_around()
 

@@ -88,12 +88,6 @@ class Cached:
                 return reply
         return await self._lead(wanted)  # 4
 
-    def follow(self, settings: CacheSettings) -> None:
-        """Keep answers by other rules from now on. The store stays."""
-        self._settings = settings
-        self._limit = size(settings.max_entry_bytes)
-        self._rule = cache(settings.rule)
-
     async def purge(self, purge: Purge = ALL) -> int:
         """Have all workers forget answers, those that are being made included; return how many were kept.
 

@@ -12,6 +12,7 @@ from threading import Thread
 import httpx2
 import pytest
 
+from proxy import config
 from tests.fakes.able_server import AbleServer, able_server
 from tests.serving import Server, eventually, serve
 
@@ -24,7 +25,7 @@ models:
   local:
     engine: {{simulator: {{}}}}
     hosting: {{usd_per_hour: 2.1}}
-aliases: {{best: cloud}}
+aliases: {{best: cloud, legal: {{model: cloud, system: Be a lawyer.}}, fast: {{any_of: [cloud, local]}}}}
 """
 
 
@@ -97,11 +98,14 @@ def test_a_server_that_is_in_no_configuration_is_asked_by_its_url(tmp_path):
     ("args", "status", "said"),
     [
         (["nobody"], 2, "there is no model 'nobody'; there are cloud, local"),
+        (["fast"], 2, "there is no model 'fast'"),
         (["local"], 3, "no polyvox server answers"),
         (["cloud"], 1, "cloud/0 does not answer: ConnectFailed"),
+        (["legal"], 1, "cloud/0 does not answer: ConnectFailed"),
         (["x", "--url", "ftp://x"], 2, "--url: expected http://HOST"),
         (["x", "--url", "http://127.0.0.1:1/v1", "--key-env", "NOPE"], 2, "environment variable NOPE is not set"),
         (["x", "--key-env", "KEY"], 2, "--key-env goes with --url"),
+        (["x", "--url", "http://127.0.0.1:1/v1", "--write"], 2, "--write does not go with --url"),
     ],
 )
 def test_what_cannot_be_asked_is_told_with_its_reason(tmp_path, args, status, said):
@@ -109,6 +113,51 @@ def test_what_cannot_be_asked_is_told_with_its_reason(tmp_path, args, status, sa
     done = polyvox(tmp_path, "probe", *args, "-c", config)
     assert done.returncode == status, done.stderr
     assert said in done.stderr
+
+
+WRITTEN = """\
+# ours
+models:
+  cloud:   # the good one
+    endpoints:
+      - base_url: '{address}/v1'   # over there
+        model: there
+        api_key: '${{KEY}}'
+      - {{base_url: '{address}/v1', model: there, continues: false}}
+aliases: {{best: cloud}}  # everybody's
+"""
+
+
+def test_what_is_found_goes_into_the_file_beside_what_stands_there(tmp_path):
+    with serving(ways={"stream_usage": "refuses"}, tells_limit=True, context=2000) as able:
+        file = tmp_path / "polyvox.yaml"
+        file.write_text(WRITTEN.format(address=able.address))
+        done = polyvox(tmp_path, "probe", "best", "--write", "-c", str(file))
+        again = polyvox(tmp_path, "probe", "best", "--write", "-c", str(file))
+    assert done.returncode == 0, done.stderr
+    new = {line.split(": models.cloud.")[1] for line in done.stdout.splitlines() if ": models.cloud." in line}
+    assert new == {
+        "context: 2000", "modalities: [text, image]", "endpoints[0].continues: true",
+        "endpoints[0].stream_usage: false", "endpoints[1].stream_usage: false",
+    }  # fmt: skip
+    assert again.stdout.splitlines()[-1].endswith(": nothing is new")
+    text = file.read_text()
+    for kept in ("# ours", "# the good one", "# over there", "'${KEY}'", "# everybody's"):
+        assert kept in text
+    loaded = config.load(file, {"KEY": "k"}).config.models["cloud"]
+    assert loaded.context == 2000 and loaded.modalities == ("text", "image")
+    assert [e.continues for e in loaded.endpoints] == [True, False]
+    assert [e.stream_usage for e in loaded.endpoints] == [False, False]
+
+
+def test_a_file_that_is_not_to_be_written_is_told(tmp_path):
+    with serving() as able:
+        file = Path(configured(tmp_path, able.address))
+        before = file.read_text()
+        file.chmod(0o444)
+        done = polyvox(tmp_path, "probe", "cloud", "--write", "--context-spend", "0", "-c", str(file))
+    assert done.returncode == 2 and "read-only" in done.stderr
+    assert file.read_text() == before
 
 
 def test_a_running_server_goes_by_what_is_found(tmp_path):

@@ -28,7 +28,7 @@ while True:
 
 
 def orders(generation: int) -> Orders:
-    return Orders(config.encode(Config()), generation, (), "", 0, 0, 0, 0, "", "")
+    return Orders(config.encode(Config()), generation, (), "", 0, 0, 0, 0, 0, "", "")
 
 
 async def started(how: str) -> _Worker:

@@ -5,6 +5,7 @@ Of /v1/chat/completions and /v1/completions. Fields that we do not know are kept
 
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ Cost = Callable[[Usage], float | None]
 _decode = msgspec.json.Decoder(Object).decode
 _encode = msgspec.json.encode
 _DONE = b"data: [DONE]\n\n"
+_SMALL, _MOST = 64 * 1024, 128  # bytes of an answer of which what was made is kept, and how many such: 16 MiB in all
 _WORDS = re.compile(r"\s*\S+\s?|\s+").findall
 # Of what these are called, the last that was said counts. Other texts and lists go on with what was said before.
 _SAID_ONCE = frozenset(
@@ -32,8 +34,9 @@ _SAID_ONCE = frozenset(
 
 def document(entry: Entry, name: str) -> bytes:
     """Return an answer as one document, in which the model has this name."""
-    whole = _gathered(entry) if entry.stream else entry.body
-    return whole if entry.name == name else wire.set_model(whole, name)
+    if not entry.stream and entry.name == name:
+        return entry.body
+    return _documents(entry, name) if len(entry.body) <= _SMALL else _document(entry, name)
 
 
 def events(entry: Entry, name: str, *, hide_usage: bool, cost: Cost | None = None, pieces: bool = False) -> bytes:
@@ -42,11 +45,26 @@ def events(entry: Entry, name: str, *, hide_usage: bool, cost: Cost | None = Non
     hide_usage: without the usage. cost: what to add to that. pieces: the text of a document is cut into words, for a
     stream that is to have a pace.
     """
+    make = _streams if len(entry.body) <= _SMALL else _stream
+    return make(entry, name, hide_usage, cost, pieces)
+
+
+def _document(entry: Entry, name: str) -> bytes:
+    whole = _gathered(entry) if entry.stream else entry.body
+    return whole if entry.name == name else wire.set_model(whole, name)
+
+
+def _stream(entry: Entry, name: str, hide_usage: bool, cost: Cost | None, pieces: bool) -> bytes:
     stream = entry.body if entry.stream else b"".join(_scattered(entry, pieces=pieces))
     if hide_usage or cost:
         account = StreamAccount(hide_usage=hide_usage, cost=cost)
         stream = account.feed(stream) + account.end()
     return stream if entry.name == name else EventRenamer(name)(stream)
+
+
+# An answer that is given often is mostly given in one way, which takes longer to make than all the rest of giving it.
+_documents = lru_cache(maxsize=_MOST)(_document)
+_streams = lru_cache(maxsize=_MOST)(_stream)
 
 
 # A document of a stream

@@ -1,14 +1,20 @@
-"""Chats as text, beside the engines' own libraries: transformers, and Mistral's tokenizers."""
+"""Chats as text, beside the engines' own libraries and their own chats: transformers, Mistral's tokenizers, vLLM."""
 
+import asyncio
 import json
 import subprocess
 from pathlib import Path
 
+import httpx2
 import pytest
 
+from proxy import providers
+from proxy.config import Config, EndpointSettings, ModelSettings
 from proxy.prompts import rendering, rewritten
 from proxy.prompts.adapters import AdapterSettings, for_text, template_name
+from tests.fakes.one_worker import proxying, text_of
 from tests.prompts.conversations import CONVERSATIONS
+from tests.serving import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120, func_only=True)]
 
@@ -66,3 +72,24 @@ def test_a_chat_becomes_the_text_that_mistral_makes_of_it(interpreter, version, 
     adapter = for_text(settings, "any", rendering.shipped(template_name(settings, "any")))
     for title, chat in PLAIN.items():
         assert rendering.render(adapter.form, rewritten(chat, adapter)) == reference[title], title
+
+
+def test_a_real_engine_that_is_asked_for_text_answers_as_in_its_own_chat(server: Server, http: httpx2.Client) -> None:
+    messages = [
+        {"role": "system", "content": "You are brief."},
+        {"role": "user", "content": "What is the capital of France?"},
+    ]
+    asked = {"messages": messages, "temperature": 0, "max_tokens": 16}
+    own = http.post("/v1/chat/completions", json={"model": "smollm2", **asked}).json()
+
+    async def through_text() -> tuple[httpx2.Response, httpx2.Response]:
+        only = EndpointSettings(base_url=f"{server.base_url}/v1", provider="completions", model="smollm2")
+        config = Config(models={"m": ModelSettings(endpoints=(only,))})
+        providers.prepare(config)
+        async with proxying(config) as proxy:
+            return await proxy.ask(**asked), await proxy.ask(stream=True, **asked)
+
+    plain, streamed = asyncio.run(through_text())
+    assert plain.json()["choices"][0]["message"]["content"] == own["choices"][0]["message"]["content"]
+    assert plain.json()["usage"]["prompt_tokens"] == own["usage"]["prompt_tokens"]
+    assert text_of(streamed.text) == own["choices"][0]["message"]["content"]
