@@ -3,7 +3,7 @@
 Clients of several API keys ask a few questions again and again, as streams and not, while the upstream and the store
 fail at random. Every answer says which key and which question it is for, so each client can tell whether it is its own
 and whether it is whole. The upstream counts its generations: where nothing fails, no two for one question of one key
-are under way at once.
+are under way at once. With `--redis`, two replicas share a real Redis, which hangs and dies again and again.
 """
 
 import argparse
@@ -11,9 +11,11 @@ import asyncio
 import json
 import random
 import re
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
 
 import msgspec
 import uvloop
@@ -21,7 +23,10 @@ import uvloop
 from proxy.cache import Entry, Stats
 from proxy.cache.memory import MemoryStore
 from proxy.cache.settings import CacheSettings
+from proxy.cache.shield import Shield
 from proxy.config import ApiKey, BreakerSettings, Config, EndpointSettings, ModelSettings, RetrySettings, Server
+from proxy.secret import Secret
+from tests.cache.redis_server import RedisServer, redis_server
 from tests.fakes.one_worker import Proxy, proxying
 
 KEYS = ("key-one", "key-two", "key-three", "key-four")
@@ -131,7 +136,9 @@ def _event(choices: list[object], *, usage: bool = False) -> bytes:
 
 
 @asynccontextmanager
-async def _serving(faults: float, ttl: float, outcome: Outcome, chance: random.Random) -> AsyncIterator[Proxy]:
+async def _serving(
+    faults: float, ttl: float, outcome: Outcome, chance: random.Random, redis: RedisServer | None
+) -> AsyncIterator[list[Proxy]]:
     upstream = Upstream(chance, faults, outcome)
     server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
     endpoint = EndpointSettings(base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
@@ -140,26 +147,49 @@ async def _serving(faults: float, ttl: float, outcome: Outcome, chance: random.R
     )
     keys = tuple(ApiKey(key) for key in KEYS)
     settings = Config(server=Server(api_keys=keys), models={"m": model}, aliases={"a": "m"},
-                      cache=CacheSettings(ttl=ttl))  # fmt: skip
-    async with proxying(settings) as proxy:
-        assert proxy.cached
-        if faults:
-            proxy.cached._store = FaultyStore(chance, faults)
+                      cache=CacheSettings(ttl=ttl, store="redis" if redis else "memory",
+                                          url=Secret(redis.url) if redis else None))  # fmt: skip
+    async with AsyncExitStack() as stack:
+        proxies = [await stack.enter_async_context(proxying(settings)) for _ in range(2 if redis else 1)]
+        for proxy in proxies:
+            assert proxy.cached
+            if isinstance(proxy.cached._store, Shield) and not faults:
+                proxy.cached._store._patience = 20.0  # a machine with much to do is no fault
+            elif faults and not redis:
+                proxy.cached._store = FaultyStore(chance, faults)
         try:
-            yield proxy
+            yield proxies
         finally:
             server.close()
 
 
-async def prove(requests: int, clients: int, questions: int, *, faults: float, seed: int = 1) -> Outcome:
-    """Ask so many times in all. faults: the share of answers that fail, and of look-ups and entries that are lost."""
+async def _hurt(redis: RedisServer) -> None:
+    """Have Redis hang, and die, again and again."""
+    while True:
+        for harm, heal in ((redis.freeze, redis.thaw), (redis.kill, redis.start)):
+            await asyncio.sleep(1.0)
+            await asyncio.to_thread(harm)
+            await asyncio.sleep(0.2)
+            await asyncio.to_thread(heal)
+
+
+async def prove(
+    requests: int, clients: int, questions: int, *, faults: float, seed: int = 1, redis: RedisServer | None = None
+) -> Outcome:
+    """Ask so many times in all. faults: the share of answers that fail, and of look-ups and entries that are lost.
+
+    redis: shared by two replicas, and hurt where there are faults.
+    """
     outcome, chance = Outcome(), random.Random(seed)
     left = iter(range(requests))
     leaves = 0.02 if faults else 0.0  # who leaves may leave a generation behind that does not know it yet
-    async with _serving(faults, 0.05, outcome, chance) as proxy, asyncio.TaskGroup() as group:
+    hurting = asyncio.create_task(_hurt(redis)) if redis and faults else None
+    async with _serving(faults, 0.05, outcome, chance, redis) as proxies, asyncio.TaskGroup() as group:
         for i in range(clients):
-            key = KEYS[i % len(KEYS)]
-            group.create_task(_ask_all(proxy.port, key, questions, left, outcome, chance, leaves=leaves))
+            key, port = KEYS[i % len(KEYS)], proxies[i // len(KEYS) % len(proxies)].port
+            group.create_task(_ask_all(port, key, questions, left, outcome, chance, leaves=leaves))
+    if hurting:
+        hurting.cancel()
     return outcome
 
 
@@ -239,13 +269,25 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--faults", type=float, nargs="*", default=(0.0, 0.1), help="one run for each")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--redis", action="store_true", help="two replicas that share a Redis")
     given = parser.parse_args()
     bad = 0
     for faults in given.faults:
-        found = uvloop.run(prove(given.requests, given.clients, given.questions, faults=faults, seed=given.seed))
+        with tempfile.TemporaryDirectory() as folder, _redis(Path(folder), wanted=given.redis) as redis:
+            asked = (given.requests, given.clients, given.questions)
+            found = uvloop.run(prove(*asked, faults=faults, seed=given.seed, redis=redis))
         print(f"faults {faults:.0%}: {msgspec.json.encode(found).decode()}", flush=True)
         bad += found.foreign + found.broken + (found.doubled if not faults else 0)
     raise SystemExit(1 if bad else 0)
+
+
+@contextmanager
+def _redis(folder: Path, *, wanted: bool) -> Iterator[RedisServer | None]:
+    if not wanted:
+        yield None
+        return
+    with redis_server(folder) as server:
+        yield server
 
 
 if __name__ == "__main__":

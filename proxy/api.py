@@ -107,6 +107,8 @@ class Api:
         elif path == "/admin/cache":
             method = scope["method"] if scope["method"] == "DELETE" else "GET"
             await self._guarded(scope, receive, send, method, self._look_after_cache, self._admin_keys)
+        elif path == "/admin/cache/semantic":
+            await self._guarded(scope, receive, send, "GET", self._show_likeness, self._admin_keys)
         elif path == "/v1/usage":
             await self._guarded(scope, receive, send, "GET", self._show_usage, self._usage_keys)
         elif self._admin and (path == ADMIN_MODELS or path.startswith(f"{ADMIN_MODELS}/")):
@@ -255,6 +257,15 @@ class Api:
             body: object = {"object": "cache.purge", "purged": await self._chat.cached.purge(purge)}
         else:
             body = {"object": "cache", **msgspec.structs.asdict(await self._chat.cached.report())}
+        await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
+        visit.exchange.complete()
+
+    async def _show_likeness(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
+        """How near questions are to earlier ones, by alias: what would be hit at which threshold."""
+        if (cached := self._chat.cached) is None:
+            raise NoCache
+        found = cached.questions.report() if cached.questions else {}
+        body = {"object": "cache.semantic", "models": found}
         await _send_json(send, 200, body, [(b"x-request-id", visit.request_id)])
         visit.exchange.complete()
 

@@ -145,13 +145,9 @@ class Cached:
         if self._bulletin.is_behind() and not self._store.is_shared:
             await self._catch_up()
         flight = self._flights.get(wanted.flight)
-        if flight is None:
+        if flight is None and not self._store.is_shared:  # a shared one is asked in one call, also for a claim
             entry = self._store.get(wanted.key)
-            if entry is not None and entry.__class__ is not Entry:
-                entry = await cast(Awaitable[Entry | None], entry)
-                wanted.exchange.waited()
-                flight = self._flights.get(wanted.flight)
-            if entry is not None and self._will_do(entry, wanted.wish):
+            if isinstance(entry, Entry) and self._will_do(entry, wanted.wish):
                 return self._replay(entry, wanted, "hit")
         return await self._join(flight, wanted) if flight is not None and flight.is_open else None
 
@@ -198,7 +194,8 @@ class Cached:
             await flight.ended()
         exchange.waited()
         if flight.entry is not None:
-            return _near(self._replay(flight.entry, wanted, "joined"), flight)
+            result = "joined" if flight.reply else "hit"
+            return _near(self._replay(flight.entry, wanted, result), flight)
         if flight.over:
             exchange.parts()
             return None
@@ -224,7 +221,7 @@ class Cached:
         if flight.error is not None:
             raise flight.error
         if flight.reply is None:
-            assert flight.entry  # another replica had it made, or it answers a question that means the same
+            assert flight.entry  # it was in the shared store, or answers a question that means the same
             return _near(self._replay(flight.entry, wanted, "hit"), flight)
         reply = replies.live(flight, wanted, leads=True) if flight.streams else flight.reply
         return self._labelled(reply, wanted.exchange, wanted.key)
@@ -283,7 +280,8 @@ class Cached:
 
     async def _search(self, wanted: Wanted) -> "Search | None":
         """Look for a question that means the same."""
-        if self.questions is None or wanted.wish.no_cache:
+        assert self.questions
+        if wanted.wish.no_cache:
             return None
         key_id = wanted.exchange.key_id
         scope = key_id if wanted.rule.scope == "key" else ""

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
 from proxy import complexity, media, references, rules, tasks
-from proxy.cache.settings import CacheSettings, Embeddings
+from proxy.cache.settings import CacheRule, CacheSettings, Embeddings
 from proxy.cost import Hosting, Price
 from proxy.ensembles.settings import EnsembleSettings
 from proxy.ensembles.settings import faults as ensemble_faults
@@ -471,7 +471,7 @@ def _build(data: dict[str, Any], source: _Source) -> Config:
         routing=_convert(data.get("routing") or {}, RoutingSettings, ("routing",), source),
         rules=_convert(data.get("rules") or (), tuple[Rule, ...], ("rules",), source),
         ledger=_unless_off(data.get("ledger"), LedgerSettings, ("ledger",), source),
-        cache=_unless_off(data.get("cache"), CacheSettings, ("cache",), source),
+        cache=_cache(data.get("cache"), source),
         fallbacks={
             name: _convert(chain, tuple[str, ...], ("fallbacks", name), source)
             for name, chain in _section(data, "fallbacks", source)
@@ -487,6 +487,16 @@ def _alias(value: Any, path: tuple[str | int, ...], source: _Source) -> str | Al
     return (
         _convert(value, AliasSettings, path, source) if isinstance(value, dict) else _convert(value, str, path, source)
     )
+
+
+def _cache(value: Any, source: _Source) -> CacheSettings | bool:
+    """Build the section `cache`, the rules in it one by one, so that an error can be laid on the right line."""
+    rules = value.get("models") if isinstance(value, dict) else None
+    if not isinstance(rules, dict):
+        return _unless_off(value, CacheSettings, ("cache",), source)
+    made = _convert({**value, "models": {}}, CacheSettings, ("cache",), source)
+    models = {name: _convert(rule or {}, CacheRule, ("cache", "models", name), source) for name, rule in rules.items()}
+    return msgspec.structs.replace(made, models=models)
 
 
 def _unless_off(value: Any, kind: type[Section], path: tuple[str | int, ...], source: _Source) -> Section | bool:

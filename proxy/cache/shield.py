@@ -1,14 +1,15 @@
 """A store elsewhere, as a store that never fails and never keeps anybody waiting.
 
-Whoever asks gets an answer within 50 ms, or goes on without. What takes longer is left to itself rather than cut off:
-a connection that is being made may still be of use, and one whose reply comes late is whole. After some failures in a
-row the store is left alone, and tried again after a second, then after longer and longer.
+A request waits for one call, look-up and claim together, for 50 ms at most, and then goes on without. What takes
+longer is left to itself rather than cut off: a connection that is being made may still be of use, and one whose reply
+comes late is whole. Nobody waits for an answer to be put. After some failures in a row the store is left alone, and
+tried again after a second, then after longer and longer.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from enum import Enum
 from time import monotonic
 from typing import Any, Final, Protocol, TypeVar
@@ -20,12 +21,13 @@ from proxy.errors import StoreUnavailable
 
 T = TypeVar("T")
 
-PATIENCE: Final = 0.05  # seconds that a request waits for the store
+PATIENCE: Final = 0.05  # seconds that a request waits for a call
 LEASE: Final = 5.0  # seconds that a claim lasts when its holder has died
 _LONGEST = 2.0  # seconds that a call goes on after nobody waits for it
 _LONGEST_FOR_ADMIN = 30.0
 _LONGEST_CLAIM = 900.0  # seconds for which a claim is renewed
 _MOST = 1024  # calls that go on at once
+_MOST_BYTES = 64 * 1024 * 1024  # of answers that are being put
 _TURNS = 8  # of the event loop, for a reply that is here to be read
 _FIRST_PAUSE, _GROWTH, _LAST_PAUSE = 0.005, 1.5, 0.25  # seconds between two looks for what another replica generates
 _BREAKER = BreakerSettings(failures=3, error_rate=0.5, minimum=20, window=10.0, recovery=1.0, max_recovery=15.0)
@@ -83,11 +85,14 @@ class Shield:
         self._clock = clock
         self._chance = chance
         # All mutable state: whether the store is asked at all, and why it was not well last; whether it takes entries;
-        # the calls that go on; the claims we hold, with when we got them, and who renews them.
+        # the calls that go on, what is done behind, and the bytes that this puts; the claims we hold, with when we got
+        # them, and who renews them.
         self._breaker = Breaker(_BREAKER, chance, self._changed)
         self._trouble = ""
         self._takes_entries = True
         self._calls: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._putting = 0
         self._claims: dict[Claim, float] = {}
         self._renewing: asyncio.Task[None] | None = None
 
@@ -101,7 +106,7 @@ class Shield:
     async def claim(self, key: bytes, seconds: float) -> Claim | Entry | None:
         """See Store.claim."""
         end, pause = self._clock() + seconds, _FIRST_PAUSE
-        while (found := await self._ask(self._store.claim, key)) is HELD:
+        while (found := await self._claim(key)) is HELD:
             if (left := end - self._clock()) <= 0:
                 return None
             await asyncio.sleep(min(left, pause * (0.75 + 0.5 * self._chance())))
@@ -110,17 +115,24 @@ class Shield:
             self._hold(found)
         return found
 
-    async def put(self, key: bytes, entry: Entry, claim: Claim | None = None) -> None:
-        """See Store.put. A large entry may take its time."""
+    def put(self, key: bytes, entry: Entry, claim: Claim | None = None) -> None:
+        """See Store.put. It is done behind."""
         if claim:
             self._claims.pop(claim, None)
-        if await self._ask(self._store.put, key, entry, claim, late=Outcome.NEUTRAL):
-            self._note_room("")
+        if self._putting + entry.size() <= _MOST_BYTES:
+            self._behind(self._put(key, entry, claim))
+        elif claim:
+            self.release(claim)
 
-    async def release(self, claim: Claim) -> None:
-        """See Store.release."""
+    def release(self, claim: Claim) -> None:
+        """See Store.release. It is done behind."""
         self._claims.pop(claim, None)
-        await self._ask(self._store.release, claim)
+        self._behind(self._ask(self._store.release, claim))
+
+    async def settle(self) -> None:
+        """Wait until what is done behind is done, for as long as a call may take."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_LONGEST)
 
     async def purge(self, model: str | None = None, prefix: bytes = b"") -> int:
         """See Store.purge. Raises StoreUnavailable."""
@@ -132,7 +144,7 @@ class Shield:
 
     async def close(self) -> None:
         """End the calls that go on, and give the connections back."""
-        tasks = [*self._calls, *([self._renewing] if self._renewing else [])]
+        tasks = [*self._tasks, *self._calls, *([self._renewing] if self._renewing else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -160,6 +172,20 @@ class Shield:
         self._breaker.record(outcome, self._clock(), ticket)
         return result
 
+    def _behind(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _put(self, key: bytes, entry: Entry, claim: Claim | None) -> None:
+        """Put an entry. That a large one takes its time says nothing of the store."""
+        self._putting += entry.size()
+        try:
+            if await self._ask(self._store.put, key, entry, claim, late=Outcome.NEUTRAL):
+                self._note_room("")
+        finally:
+            self._putting -= entry.size()
+
     def _judge(self, error: Exception | None) -> Outcome:
         if isinstance(error, Refused):
             self._note_room(str(error))
@@ -174,6 +200,20 @@ class Shield:
             raise StoreUnavailable from e
 
     # Claims
+
+    async def _claim(self, key: bytes) -> Claim | Entry | Held | None:
+        """Ask for a claim once. One that comes when nobody waits for it any more is given back."""
+        waiting = {key}
+        try:
+            return await self._ask(self._claim_for, key, waiting)
+        finally:
+            waiting.clear()
+
+    async def _claim_for(self, key: bytes, waiting: set[bytes]) -> Claim | Entry | Held:
+        found = await self._store.claim(key)
+        if isinstance(found, Claim) and not waiting:
+            self.release(found)
+        return found
 
     def _hold(self, claim: Claim) -> None:
         self._claims[claim] = self._clock()

@@ -34,6 +34,17 @@ async def shielded(server, clock=None, lease=5.0, patience=20.0):
         await shield.close()
 
 
+async def put(shield, *arguments):
+    """Have an entry put, and wait until it is."""
+    shield.put(*arguments)
+    await shield.settle()
+
+
+async def release(shield, claim):
+    shield.release(claim)
+    await shield.settle()
+
+
 async def until(condition):
     while not await condition():
         await asyncio.sleep(0.002)
@@ -62,15 +73,15 @@ def test_a_server_that_is_down_is_a_miss_and_comes_back_by_itself(server, caplog
     async def scenario():
         clock = Clock()
         async with shielded(server, clock) as shield:
-            await shield.put(key(), entry("before"))
+            await put(shield, key(), entry("before"))
             server.kill()
             for _ in range(20):
                 assert await shield.get(key()) is None
                 assert await shield.claim(key(), 5) is None
-                await shield.put(key(), entry("lost"))
+                await put(shield, key(), entry("lost"))
             server.start()
             clock.now += 20
-            await shield.put(key(), entry("after"))
+            await put(shield, key(), entry("after"))
             await recovered(shield, clock, "after")
 
     asyncio.run(scenario())
@@ -83,7 +94,7 @@ def test_a_server_that_hangs_is_a_miss_and_comes_back_by_itself(server, caplog):
     async def scenario():
         clock = Clock()
         async with shielded(server) as patient:
-            await patient.put(key(), entry("kept"))
+            await put(patient, key(), entry("kept"))
         async with shielded(server, clock, patience=PATIENCE) as shield:
             server.freeze()
             assert await asyncio.gather(*(shield.get(key()) for _ in range(40))) == [None] * 40
@@ -101,7 +112,7 @@ def test_a_server_that_hangs_is_a_miss_and_comes_back_by_itself(server, caplog):
 def test_a_store_is_not_blamed_for_what_this_process_was_late(server, caplog):
     async def scenario():
         async with shielded(server) as patient:
-            await patient.put(key(), entry("kept"))
+            await put(patient, key(), entry("kept"))
         async with shielded(server, time.monotonic, patience=PATIENCE) as shield:
             await shield.get(key())  # it is connected
             for _ in range(5):
@@ -137,10 +148,10 @@ def test_a_server_restarted_between_two_requests_costs_a_few_misses_at_most(serv
             server.kill()
             server.start()
             assert await shield.get(key()) is None
-            await shield.release(claim)  # the server does not know its scripts any more
+            await release(shield, claim)  # the server does not know its scripts any more
 
             async def stored() -> bool:
-                await shield.put(key(), entry("new"))
+                await put(shield, key(), entry("new"))
                 return await shield.get(key()) is not None
 
             await until(stored)
@@ -152,16 +163,16 @@ def test_a_server_restarted_between_two_requests_costs_a_few_misses_at_most(serv
 def test_a_full_server_takes_nothing_and_still_gives(server, caplog):
     async def scenario():
         async with shielded(server) as shield:
-            await shield.put(key(), entry("kept"))
+            await put(shield, key(), entry("kept"))
             server.client.config_set("maxmemory-policy", "noeviction")
             server.client.config_set("maxmemory", 1)
             for name in range(10):
-                await shield.put(key(name), entry("no room"))
+                await put(shield, key(name), entry("no room"))
                 assert await shield.claim(key(name), 5) is None
             assert (await shield.get(key())).body == b"kept"
             server.client.config_set("maxmemory", 0)
             claim = await shield.claim(key("new"), 5)
-            await shield.put(key("new"), entry("room"), claim)
+            await put(shield, key("new"), entry("room"), claim)
             assert (await shield.get(key("new"))).body == b"room"
 
     asyncio.run(scenario())
@@ -202,7 +213,7 @@ def test_whoever_waits_gets_what_the_holder_puts(server):
             claim = await one.claim(key(), 5)
             waiting = [asyncio.create_task(shield.claim(key(), 5)) for shield in (one, other, other)]
             await asyncio.sleep(0)
-            await one.put(key(), entry("Paris"), claim)
+            await put(one, key(), entry("Paris"), claim)
             assert [found.body for found in await asyncio.gather(*waiting)] == [b"Paris"] * 3
 
     asyncio.run(scenario())
@@ -214,7 +225,7 @@ def test_a_claim_given_back_is_for_who_waits(server):
             claim = await one.claim(key(), 5)
             waiting = asyncio.create_task(other.claim(key(), 5))
             await asyncio.sleep(0)
-            await one.release(claim)
+            await release(one, claim)
             assert isinstance(await waiting, Claim)
 
     asyncio.run(scenario())
@@ -227,6 +238,23 @@ def test_a_holder_that_dies_delays_nobody_past_its_lease(server):
                 claim = await one.claim(key(), 5)
             assert isinstance(claim, Claim)  # and its process is gone
             assert isinstance(await other.claim(key(), 60), Claim)
+
+    asyncio.run(scenario())
+
+
+def test_a_claim_that_comes_too_late_is_given_back(server):
+    async def scenario():
+        async with shielded(server, lease=600.0) as other, shielded(server, lease=600.0, patience=PATIENCE) as one:
+            server.freeze()
+            assert await one.claim(key(), 5) is None
+            leaving = asyncio.create_task(other.claim(key("left"), 5))
+            await asyncio.sleep(0)
+            leaving.cancel()
+            server.thaw()
+            while not isinstance(await other.claim(key(), 0), Claim):
+                await asyncio.sleep(0.002)
+            while not isinstance(await other.claim(key("left"), 0), Claim):
+                await asyncio.sleep(0.002)
 
     asyncio.run(scenario())
 
@@ -256,7 +284,7 @@ def test_a_claim_lasts_while_its_holder_generates(server):
                 return server.client.pttl(name) > 150
 
             await until(renewed)
-            await shield.put(key(), entry("Paris"), claim)
+            await put(shield, key(), entry("Paris"), claim)
             assert (await shield.get(key())).body == b"Paris"
 
     asyncio.run(scenario())

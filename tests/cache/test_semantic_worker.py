@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 
-import msgspec
 import pytest
 
 from proxy.cache.settings import CacheRule, CacheSettings, Embeddings, Semantic
@@ -35,7 +34,8 @@ async def serving(answers, vectors, keys=(), elsewhere=False, **settings):
         there = Embeddings(f"{embedder.address}/v1", "their-model", Secret("sk-sentinel"))
         semantic = Semantic(**{"embeddings": there if elsewhere else "e", "timeout": 10, **settings})
         cache = CacheSettings(models={"bot": CacheRule(when="always", semantic=semantic)})
-        made = Config(models=models, aliases={"bot": "m"}, cache=cache, server=Server(api_keys=keys))
+        given = Server(api_keys=keys, admin_keys=(Secret("secret-admin"),))
+        made = Config(models=models, aliases={"bot": "m"}, cache=cache, server=given)
         async with proxying(made) as proxy:
             yield proxy, up, embedder
 
@@ -129,7 +129,9 @@ def test_a_shadow_tells_what_would_be_hit_and_answers_nothing():
                 answer = await ask(proxy, question)
                 assert said(answer) == "miss"
                 assert "x-polyvox-cache-similarity" not in answer.headers
-            report = msgspec.to_builtins(proxy.cached.questions.report()["bot"])
+            told = await proxy.client.get("/admin/cache/semantic", headers={"authorization": "Bearer secret-admin"})
+            assert told.json().keys() == {"object", "models"}
+            report = told.json()["models"]["bot"]
             assert {k: report[k] for k in ("shadow", "questions", "unanswered", "hits")} == {
                 "shadow": True, "questions": 3, "unanswered": 0, "hits": 1,
             }  # fmt: skip
