@@ -19,8 +19,8 @@ from proxy.errors import (
     upstream_failure,
 )
 from proxy.fallback import Walk
+from proxy.placing import Placed
 from proxy.providers import Asked
-from proxy.registry import Model
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -42,21 +42,6 @@ class Question(msgspec.Struct, frozen=True):
     weight: float = 1.0
     plain: Asked | None = None
     is_alone: bool = False
-
-
-class Placed(msgspec.Struct, frozen=True):
-    """Where a question goes, and what it is there: with a preset put in, for one.
-
-    chain: the models that answer if this one cannot. alternatives: those of them that the name itself stands for, as a
-    group does. chosen: see Walk. learn: told the model that answered and the tokens of its prompt.
-    """
-
-    asked: Asked
-    model: Model
-    chain: Sequence[str] = ()
-    alternatives: Sequence[str] = ()
-    chosen: bool = False
-    learn: Callable[[str, int], None] | None = None
 
 
 Place = Callable[[str, Asked], Placed]

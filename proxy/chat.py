@@ -1,13 +1,12 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from proxy import accounting, explanation, forbidden, limits, presets, wire, wishes
-from proxy.asking import Placed
+from proxy import accounting, explanation, limits, presets, wire
 from proxy.cache import wish
 from proxy.cache.replies import Client, WhenGone
 from proxy.cached import Cached
@@ -16,8 +15,9 @@ from proxy.dispatch import Dispatcher, Inquiry
 from proxy.ensemble import FanOut
 from proxy.errors import BadRequest
 from proxy.fallback import Walk
+from proxy.placing import Placed, Placing
 from proxy.providers import Asked
-from proxy.registry import Ensemble, Model, Preset
+from proxy.registry import Ensemble, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
@@ -55,6 +55,7 @@ class Chat:
         """cached: of a server that keeps answers."""
         self._ways = ways
         self._dispatcher = dispatcher or Dispatcher(ways.endpoints, ways.limits)
+        self._placing = Placing(self._dispatcher, ways.limits)
         self.cached = cached
 
     def __repr__(self) -> str:
@@ -64,12 +65,9 @@ class Chat:
         """Answer one request. Whatever is taken for it is given back when the exchange is closed.
 
         1. Read the few fields that decide where it goes.
-        2. Find what stands behind the name; put a preset in.
-        3. Find the model, which the router does where there are several; refuse what it may not be asked.
-        4. Give an answer that is kept, or that others wait for.
-        5. Walk from endpoint to endpoint until one answers, under the name that was asked for.
-
-        An ensemble does 2, 3 and 5 for each of its members.
+        2. Find its place: the model, and who answers instead. An ensemble does so, and 4, for each of its members.
+        3. Give an answer that is kept, or that others wait for.
+        4. Walk from endpoint to endpoint until one answers, under the name that was asked for.
         """
         kind = content_type(request.headers) if request.path in _FORMS else b""
         form = kind.lower().startswith(b"multipart/form-data")
@@ -80,43 +78,28 @@ class Chat:
         exchange.alias = envelope.model
         asked = _asked(request, envelope, form=form)
         if isinstance(target, Ensemble):
-            return await self._together(target, _without(asked, wish.FIELD), request, exchange)
-        if isinstance(target, Preset):
-            asked, target = _with_preset(asked, target), target.of
-        routed = None
-        if isinstance(target, Model) and wishes.FIELD not in envelope.fields:
-            forbidden.check(asked.envelope.fields, target.policy, self._ways.limits)
-            model, chain = target, registry.chains.get(envelope.model, ())
-            if request.models is not None:
-                chain = tuple(name for name in chain if name in request.models)
-        else:
-            routed = self._dispatcher.route(registry, target, _inquiry(request.path, asked.envelope, request))
-            asked, model, chain = _without(asked, wishes.FIELD), registry.models[routed.models[0]], routed.models[1:]
-            exchange.on_prompt = partial(self._dispatcher.learn, routed.plan.features.tokens)
-        exchange.model = model.name
-        if envelope.stream and (options := asked.envelope.fields.get("stream_options")):
-            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
-        chosen = not isinstance(target, Model)
-        if wish.FIELD in asked.envelope.fields or self.cached is not None:
-            reply = await self._cache(asked, model, chain, request, exchange, chosen=chosen)
-        else:
-            reply = await Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=chosen).answer()
-        if routed is not None and routed.explains:
-            reply.headers += ((b"x-polyvox-route", explanation.header(routed.plan, routed.models)),)
+            return await self._together(target, asked.without(wish.FIELD), request, exchange)
+        placed = self._placing.place(registry, envelope.model, target, asked, request.models)
+        exchange.model, exchange.on_prompt = placed.model.name, placed.learn
+        if envelope.stream and (options := placed.asked.envelope.fields.get("stream_options")):
+            asked, exchange.shows_cost = _without_cost(placed.asked, bytes(options))
+            placed = msgspec.structs.replace(placed, asked=asked)
+        reply = await self._reply(placed, request, exchange)
+        if placed.why is not None:
+            reply.headers += ((b"x-polyvox-route", placed.why),)
         return reply
 
-    async def _cache(
-        self, asked: Asked, model: Model, chain: Sequence[str], request: Incoming, exchange: Exchange, *, chosen: bool
-    ) -> Reply:
+    def _reply(self, placed: Placed, request: Incoming, exchange: Exchange) -> Awaitable[Reply]:
         """Answer from the cache, or as the cache is told to; without one, as if it had not been spoken of."""
+        asked, model, chain = placed.asked, placed.model, placed.chain
         field = None if asked.form else asked.envelope.fields.get(wish.FIELD)
         if field is not None:
-            asked = _without(asked, wish.FIELD)
-        walk = partial(Walk, self._ways, asked, model, chain, exchange, chosen=chosen)
+            asked = asked.without(wish.FIELD)
         if self.cached is None:
-            return await walk(request.deadline).answer()
+            return Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=placed.chosen).answer()
+        walk = partial(Walk, self._ways, asked, model, chain, exchange, chosen=placed.chosen)
         client = Client(request.deadline, request.when_gone)
-        return await self.cached.answer(asked, model, chain, exchange, walk, wish.read(request.headers, field), client)
+        return self.cached.answer(asked, model, chain, exchange, walk, wish.read(request.headers, field), client)
 
     async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
         """Answer a request with several models."""
@@ -126,23 +109,11 @@ class Chat:
         return await FanOut(self._ways, target.settings, asked, exchange, self._place, request.deadline).answer()
 
     def _place(self, name: str, asked: Asked) -> Placed:
-        """Return where a request goes that an ensemble makes, and what it then is. Raises RequestError."""
+        """Find the place of a request that an ensemble makes. Raises RequestError."""
         registry = self._ways.live.current
         target = registry.resolve(name)
-        if isinstance(target, Preset):
-            asked, target = _with_preset(asked, target), target.of
         assert not isinstance(target, Ensemble), "the configuration has no ensemble in another"
-        fields = asked.envelope.fields
-        if isinstance(target, Model) and wishes.FIELD not in fields:
-            forbidden.check(fields, target.policy, self._ways.limits)
-            return Placed(asked, target, registry.chains.get(name, ()))
-        routed = self._dispatcher.route(registry, target, Inquiry(asked.path, fields, asked.headers, name))
-        first, *others = routed.models
-        members = () if isinstance(target, Model) else target.members
-        alternatives = tuple(name for name in others if name in members)
-        learn = partial(self._dispatcher.learn, routed.plan.features.tokens)
-        model, chosen = registry.models[first], not isinstance(target, Model)
-        return Placed(_without(asked, wishes.FIELD), model, others, alternatives, chosen, learn)
+        return self._placing.place(registry, name, target, asked)
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""
@@ -176,30 +147,10 @@ def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
     )
 
 
-def _with_preset(asked: Asked, preset: Preset) -> Asked:
-    fields = dict(asked.envelope.fields)
-    put = presets.applied(preset, asked.path, fields)
-    return asked if put is fields else _with_fields(asked, put)
-
-
-def _without(asked: Asked, name: str) -> Asked:
-    """Take out a field that only we are meant to see."""
-    fields = asked.envelope.fields
-    if name not in fields:
-        return asked
-    return _with_fields(asked, {other: value for other, value in fields.items() if other != name})
-
-
-def _with_fields(asked: Asked, fields: dict[str, msgspec.Raw]) -> Asked:
-    """Write the body anew from these fields, whose values keep their bytes."""
-    envelope = msgspec.structs.replace(asked.envelope, fields=fields)
-    return msgspec.structs.replace(asked, body=wire.encode(fields), envelope=envelope)
-
-
 def _without_cost(asked: Asked, stream_options: bytes) -> tuple[Asked, bool]:
     """Take the wish for the cost of a stream out of a request; say whether it is one."""
     taken = accounting.take_cost(stream_options)
     if taken is None:
         return asked, False
     options, wish = msgspec.Raw(taken[0]), taken[1]
-    return _with_fields(asked, {**asked.envelope.fields, "stream_options": options}), wish
+    return asked.with_fields({**asked.envelope.fields, "stream_options": options}), wish

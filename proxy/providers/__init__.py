@@ -39,6 +39,18 @@ class Asked(msgspec.Struct, frozen=True, gc=False):
     form: bool = False
     salt: str | None = None
 
+    def with_fields(self, fields: dict[str, msgspec.Raw]) -> "Asked":
+        """Write the body anew from these fields, whose values keep their bytes."""
+        envelope = msgspec.structs.replace(self.envelope, fields=fields)
+        return msgspec.structs.replace(self, body=wire.encode(fields), envelope=envelope)
+
+    def without(self, name: str) -> "Asked":
+        """Take out a field that only we are meant to see."""
+        fields = self.envelope.fields
+        if name not in fields:
+            return self
+        return self.with_fields({other: value for other, value in fields.items() if other != name})
+
 
 class Outgoing(msgspec.Struct, frozen=True, gc=False):
     """What is sent to an endpoint, by POST. path: with its query.
