@@ -1,8 +1,8 @@
 """Measure the model of complexity on labelled prompts, beside routing at random and by length. `make bench-routing`
 
-APGR and CPT in RouteLLM's definitions (see `proxy/curves.py`): by 5-fold cross-validation on MMLU, on MMLU subjects
-that were left out, and on every data set of which nothing was seen. Writes benchmarks/ROUTING.md; with --ship, the
-model that comes with the program too.
+APGR and CPT in RouteLLM's definitions (see `proxy/routing/curves.py`): by 5-fold cross-validation on MMLU, on MMLU
+subjects that were left out, and on every data set of which nothing was seen. Writes benchmarks/ROUTING.md; with --ship,
+the model that comes with the program too.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from typing import get_args
 import msgspec
 
 from engines.spec import FleetStatus
-from proxy import complexity, fitting
-from proxy.complexity import Coefficients, Reading
 from proxy.config import Config, EndpointSettings, ModelSettings
 from proxy.cost import Price
-from proxy.curves import Curve
-from proxy.dispatch import Dispatcher, Inquiry
 from proxy.endpoints import Endpoints
-from proxy.fitting import Example
 from proxy.metrics import Metrics
 from proxy.prices import Prices
 from proxy.registry import Group, build
-from proxy.traits import Kind
+from proxy.routing import complexity, fitting
+from proxy.routing.complexity import Coefficients, Reading
+from proxy.routing.curves import Curve
+from proxy.routing.dispatch import Dispatcher, Inquiry
+from proxy.routing.fitting import Example
+from proxy.routing.traits import Kind
 
 RESULTS = Path(__file__).parent / "ROUTING.md"
 SMALL = ("qwen2.5-7b-instruct", "mistral-7b-instruct-v0.3", "gemma-2-9b-it", "llama-3.1-8b-instruct")
@@ -60,7 +60,7 @@ class Prompt(msgspec.Struct):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent.parent.parent / "shared/data")
-    parser.add_argument("--ship", action="store_true", help="write proxy/data/complexity.json anew")
+    parser.add_argument("--ship", action="store_true", help="write proxy/routing/complexity.json anew")
     parser.add_argument("--quick", action="store_true", help="only cross-validation; write nothing")
     args = parser.parse_args()
     bench = Bench(with_targets(read_mmlu(args.data) + read_nine(args.data)))

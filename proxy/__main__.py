@@ -69,7 +69,7 @@ def serve(
 @_state_options
 def check(file: Path | None, state_dir: Path | None, data_dir: Path | None) -> None:
     """Validate a configuration; show every engine's command line and the memory plan. Starts nothing."""
-    from proxy import checking
+    from proxy.commands import checking
 
     paths = StatePaths.resolve(state_dir, data_dir)
     _finish(lambda: checking.main(file or default_config(), os.environ, paths))
@@ -165,7 +165,7 @@ def endpoints(as_json: bool, state_dir: Path | None, data_dir: Path | None) -> N
 
         click.echo(msgspec.json.format(report, indent=2))
     else:
-        from proxy.console import show_endpoints
+        from proxy.commands.console import show_endpoints
 
         show_endpoints(report)
 
@@ -203,7 +203,7 @@ def probe(  # noqa: PLR0913
     MODEL is a model or alias of the configuration. Its endpoints are asked some twenty short questions, past the
     proxy. Engines must run. A running server uses what is found within a second or two; see `polyvox models`.
     """
-    from proxy import probing
+    from proxy.commands import probing
 
     if key_env and not url:
         raise click.UsageError("--key-env goes with --url")
@@ -225,7 +225,7 @@ def models(config: Path | None, as_json: bool, state_dir: Path | None, data_dir:
     The server need not run; if it does, its engines are asked for their state.
     """
     from engines.control_client import ControlUnreachable
-    from proxy import listing
+    from proxy.commands import listing
 
     paths = StatePaths.resolve(state_dir, data_dir)
 
@@ -272,7 +272,7 @@ def route(context: click.Context, score: str | None, model: str | None) -> None:
         return
     if score is None:
         raise click.UsageError("give a PROMPT, --score PROMPTS, or a subcommand")
-    from proxy import scoring
+    from proxy.commands import scoring
 
     _finish(lambda: scoring.print_scores(score, Path(model) if model else None))
 
@@ -303,7 +303,7 @@ def explain_route(
     **said: Any,
 ) -> None:
     """Show which model of the running server would answer PROMPT, every candidate, its score, why it was dropped."""
-    from proxy import explaining
+    from proxy.commands import explaining
 
     address = said.pop("url") or _address(state_dir, data_dir)
     key = said.pop("api_key") or explaining.first_key(config or default_config())
@@ -333,7 +333,7 @@ def fit_route(
 
     LABELS has a JSON object a line: `prompt`, and `weak` and `strong`, 1 where that model was right and 0 where not.
     """
-    from proxy import scoring
+    from proxy.commands import scoring
 
     _finish(lambda: scoring.fit(labels, out, scoring.Target(strong_share, cost, prices)))
 
@@ -354,7 +354,7 @@ def cache_stats(as_json: bool, state_dir: Path | None, data_dir: Path | None) ->
     if as_json:
         click.echo(msgspec.json.format(report, indent=2))
     else:
-        from proxy.console import show_cache
+        from proxy.commands.console import show_cache
 
         show_cache(msgspec.json.decode(report))
 
@@ -392,7 +392,7 @@ def usage(
 
     The server need not run. Requests reach the ledger within a few seconds.
     """
-    from proxy import reporting
+    from proxy.commands import reporting
 
     asked = {"since": since, "until": until, "group_by": by}
     paths = StatePaths.resolve(state_dir, data_dir)
@@ -411,7 +411,7 @@ def default_config() -> Path:
 def _ask(state_dir: Path | None, data_dir: Path | None, question: Callable[[Any], Awaitable[Any]]) -> Any:
     """Put a question to the running server's supervisor; say so where there is none."""
     from engines.control_client import ControlRefused, ControlUnreachable
-    from proxy.console import fail
+    from proxy.commands.console import fail
 
     try:
         return asyncio.run(_put(state_dir, data_dir, question))
@@ -437,7 +437,7 @@ def _fleet(state_dir: Path | None, data_dir: Path | None) -> Any:
 def _show(fleet: Any) -> None:
     import time
 
-    from proxy.console import print_table
+    from proxy.commands.console import print_table
 
     rows = [
         (e.id, e.state, f"{time.time() - e.since:.0f} s", e.restarts, e.context_length, e.pid, e.detail)
@@ -447,7 +447,7 @@ def _show(fleet: Any) -> None:
 
 
 def _finish(run: Callable[[], None]) -> None:
-    from proxy.console import fail
+    from proxy.commands.console import fail
 
     try:
         run()

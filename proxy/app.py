@@ -21,7 +21,6 @@ from proxy.chat import Chat
 from proxy.config import Balance, Config, Queue
 from proxy.cost import Price, Tariff
 from proxy.discovery import Discovery
-from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.ledger.books import Books, Place
 from proxy.ledger.recorder import Both
@@ -31,6 +30,7 @@ from proxy.prices import Prices
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
+from proxy.routing.dispatch import Dispatcher
 from proxy.shared import Slots
 from proxy.telemetry import Sink
 from proxy.transport import Transport

@@ -19,11 +19,11 @@ from proxy.errors import (
     upstream_failure,
 )
 from proxy.fallback import Walk
-from proxy.placing import Placed
 from proxy.providers import Asked
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
+from proxy.routing.placing import Placed
 
 Condition = Literal["asked", "answered", "failed", "late", "not needed"]
 

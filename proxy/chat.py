@@ -6,21 +6,22 @@ from typing import Any
 
 import msgspec
 
-from proxy import accounting, explanation, limits, presets, wire
+from proxy import accounting, limits, wire
 from proxy.cache import wish
 from proxy.cache.replies import Client, WhenGone
 from proxy.cached import Cached
 from proxy.deadline import Deadline
-from proxy.dispatch import Dispatcher, Inquiry
 from proxy.ensemble import FanOut
 from proxy.errors import BadRequest
 from proxy.fallback import Walk
-from proxy.placing import Placed, Placing
 from proxy.providers import Asked
 from proxy.registry import Ensemble, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
+from proxy.routing import explanation, presets
+from proxy.routing.dispatch import Dispatcher, Inquiry
+from proxy.routing.placing import Placed, Placing
 from proxy.transport import content_type
 
 Headers = list[tuple[bytes, bytes]]

@@ -17,7 +17,7 @@ import yaml
 from msgspec import Meta
 
 from engines.spec import Count, EngineSettings, EngineSpec, Seconds
-from proxy import complexity, media, references, rules, tasks
+from proxy import media, references
 from proxy.cache.settings import CacheRule, CacheSettings, Embeddings
 from proxy.cost import Hosting, Price
 from proxy.ensembles.settings import EnsembleSettings
@@ -30,10 +30,11 @@ from proxy.naming import AUTO, AliasSettings
 from proxy.prompts import rendering
 from proxy.prompts.adapters import FAMILIES, AdapterSettings, template_name
 from proxy.references import TASK, Names, no_such
-from proxy.rules import RoutingSettings, Rule
+from proxy.routing import complexity, rules, tasks
+from proxy.routing.rules import RoutingSettings, Rule
+from proxy.routing.traits import Traits
 from proxy.secret import MASK as MASK
 from proxy.secret import Secret as Secret
-from proxy.traits import Traits
 
 T = TypeVar("T")
 Section = TypeVar("Section", bound=msgspec.Struct)

@@ -18,8 +18,8 @@ from proxy import config, providers
 from proxy.administration import services
 from proxy.cache import needs
 from proxy.cache.supervision import Supervision
+from proxy.commands.console import Console
 from proxy.config import Config, Loaded, Server
-from proxy.console import Console
 from proxy.errors import ServeError
 from proxy.ledger.books import Place
 from proxy.ledger.delivery import Delivery

@@ -31,8 +31,8 @@ from proxy.forbidden import Policy
 from proxy.naming import AUTO, AliasSettings, Prefer
 from proxy.prompts import adapters, rendering
 from proxy.prompts.adapters import Adapter
-from proxy.rules import RoutingSettings, Rule
-from proxy.traits import Traits
+from proxy.routing.rules import RoutingSettings, Rule
+from proxy.routing.traits import Traits
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -16,8 +16,8 @@ import msgspec
 
 from proxy import changes, config, providers
 from proxy.changes import Changes
+from proxy.commands.console import Console
 from proxy.config import Loaded
-from proxy.console import Console
 from proxy.errors import ConfigError, NotFollowed, ServeError
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import msgspec
 from engines.paths import StatePaths
 from proxy import config
 from proxy.cache.bulletin import Bulletin
+from proxy.commands.console import Console
 from proxy.config import Config
-from proxy.console import Console
 from proxy.errors import NotFollowed, ServeError
 from proxy.metrics import conditions, note_reload
 from proxy.orders import Followed, Orders

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import complexity
 from proxy.errors import ConfigError
+from proxy.routing import complexity
 
 ANY = st.text(st.characters(), max_size=3000)  # lone surrogates too
 HARD = {

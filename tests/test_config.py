@@ -9,13 +9,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import complexity, config
+from proxy import config
 from proxy.cache.settings import CacheSettings
 from proxy.config import Loaded, Secret
 from proxy.cost import Price
 from proxy.errors import ConfigError
-from proxy.rules import WEIGHTS
-from proxy.traits import Traits
+from proxy.routing import complexity
+from proxy.routing.rules import WEIGHTS
+from proxy.routing.traits import Traits
 
 SHIPPED = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.curves import Curve
+from proxy.routing.curves import Curve
 
 ROWS = st.lists(
     st.tuples(st.floats(-9, 9), st.sampled_from([0, 1]), st.sampled_from([0, 1])), min_size=1, max_size=60

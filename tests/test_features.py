@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import complexity, features, tasks, wishes
-from proxy.features import Judge
-from proxy.wishes import Requirements, Wishes
+from proxy.routing import complexity, features, tasks, wishes
+from proxy.routing.features import Judge
+from proxy.routing.wishes import Requirements, Wishes
 
 JUDGE = Judge(tasks.tasks(), complexity.shipped(), 0.4, 0.6)
 CHAT = "/v1/chat/completions"

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import complexity, fitting
-from proxy.complexity import Model
-from proxy.fitting import Example
+from proxy.routing import complexity, fitting
+from proxy.routing.complexity import Model
+from proxy.routing.fitting import Example
 
 SUBJECTS = {"apple": 0.0, "tensor": 1.0}
 

@@ -1,7 +1,7 @@
 """What was found out of a model, in its configuration."""
 
 from proxy.capabilities import Capabilities
-from proxy.noting import noted
+from proxy.commands.noting import noted
 
 ONE = Capabilities(context_length=4096, modalities=("text", "image"), continues=True, stream_usage=False)
 TWO = Capabilities(context_length=8192, modalities=("text",), continues=False)

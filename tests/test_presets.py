@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import presets
 from proxy.errors import BadRequest
 from proxy.registry import Group, Preset
+from proxy.routing import presets
 
 PRESET = Preset(
     "legal", Group("any", ()), "You are a lawyer.",

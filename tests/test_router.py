@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import router
 from proxy.cost import Price
-from proxy.features import Features
 from proxy.naming import PREFERENCES
-from proxy.router import Candidate
-from proxy.rules import WEIGHTS, Rule, Weights
-from proxy.traits import Traits
+from proxy.routing import router
+from proxy.routing.features import Features
+from proxy.routing.router import Candidate
+from proxy.routing.rules import WEIGHTS, Rule, Weights
+from proxy.routing.traits import Traits
 
 NOON = datetime(2026, 11, 21, 12, 30, tzinfo=UTC)  # a Saturday
 CHEAP = Candidate("cheap", Traits(kind="fast_cheap"), price=Price(0.1, 0.4), speed=9.0)

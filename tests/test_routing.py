@@ -11,14 +11,14 @@ import httpx2
 import msgspec
 import pytest
 
-from proxy import complexity
 from proxy.capabilities import Capabilities
 from proxy.config import ApiKey, BreakerSettings, Config, EndpointSettings, ModelSettings, Secret, Server
 from proxy.cost import Hosting, Price
-from proxy.dispatch import speed_score
 from proxy.metrics import Metrics
 from proxy.naming import AliasSettings
-from proxy.rules import RoutingSettings, Rule
+from proxy.routing import complexity
+from proxy.routing.dispatch import speed_score
+from proxy.routing.rules import RoutingSettings, Rule
 from tests.fakes.one_worker import JSON, Proxy, document, events, proxying
 from tests.fakes.scripted_upstream import Play, ScriptedUpstream, ok, upstream
 from tests.test_fallback import streamed

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import tasks
 from proxy.errors import ConfigError
+from proxy.routing import tasks
 from tests.labelled_tasks import LABELLED, TRICKY
 
 TABLE = tasks.tasks()

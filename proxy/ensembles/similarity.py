@@ -21,7 +21,7 @@ from proxy.ensembles.spelling import folded, numbers, stem
 
 Terms = frozenset[str]
 
-_IDLE_WORDS = Path(__file__).parent.parent / "data/idle_words.txt"
+_IDLE_WORDS = Path(__file__).parent / "idle_words.txt"
 _LONGEST = 8_000  # characters of an answer that are compared: of a longer one, both ends
 
 _DENSE = (  # scripts without spaces between words: Thai to Khmer, Hangul, kana, Han

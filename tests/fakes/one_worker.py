@@ -17,7 +17,6 @@ from proxy.cache.bulletin import Bulletin
 from proxy.caching import make_cached
 from proxy.chat import Chat
 from proxy.config import Config
-from proxy.dispatch import Dispatcher
 from proxy.endpoints import Endpoints
 from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
@@ -25,6 +24,7 @@ from proxy.prices import Prices
 from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
+from proxy.routing.dispatch import Dispatcher
 from proxy.shared import slots_of
 from proxy.transport.local import LocalTransport
 from tests.scraping import Page

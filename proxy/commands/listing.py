@@ -10,8 +10,9 @@ import msgspec
 
 from engines.paths import StatePaths
 from engines.spec import FleetStatus
-from proxy import config, console, market, registry
+from proxy import config, market, registry
 from proxy.capabilities import Capabilities, Folder
+from proxy.commands import console
 from proxy.config import ModelSettings
 from proxy.cost import Price
 from proxy.prices import Prices

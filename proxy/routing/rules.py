@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from proxy.naming import Prefer
-from proxy.traits import Region
+from proxy.routing.traits import Region
 
 Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 WEEKDAYS: tuple[Weekday, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")

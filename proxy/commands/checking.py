@@ -12,8 +12,8 @@ from engines.paths import StatePaths
 from engines.weights import WeightsSourceError
 from proxy import config, providers
 from proxy.cache import needs
+from proxy.commands.console import print_table
 from proxy.config import Loaded
-from proxy.console import print_table
 from proxy.ensembles.settings import EnsembleSettings
 from proxy.errors import ConfigError, ServeError
 from proxy.naming import AliasSettings

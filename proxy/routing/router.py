@@ -16,13 +16,13 @@ from typing import Literal
 
 import msgspec
 
-from proxy import rules as ruling
 from proxy.cost import Price, estimate
-from proxy.features import Features
 from proxy.naming import Prefer
-from proxy.rules import Applied, Rule, Weights
-from proxy.tasks import GENERAL
-from proxy.traits import Kind, Traits
+from proxy.routing import rules as ruling
+from proxy.routing.features import Features
+from proxy.routing.rules import Applied, Rule, Weights
+from proxy.routing.tasks import GENERAL
+from proxy.routing.traits import Kind, Traits
 
 Health = Literal["ready", "starting", "down"]
 HEALTHS: tuple[Health, ...] = ("ready", "starting", "down")

@@ -14,9 +14,9 @@ from engines.spec import FleetStatus
 from proxy import config, providers, registry
 from proxy.app import make_transport
 from proxy.capabilities import Capabilities, Finding, Folder
+from proxy.commands.noting import noted
 from proxy.config import Config, EndpointSettings, Loaded, ModelSettings, Secret
 from proxy.errors import ConfigError, ProbeFailed, ServeError
-from proxy.noting import noted
 from proxy.probe import probe
 from proxy.registry import Endpoint, Model, Preset
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 
 from engines.paths import StatePaths
-from proxy import config, console, market
+from proxy import config, market
+from proxy.commands import console
 from proxy.errors import BadRequest, ConfigError, LedgerUnavailable, ServeError
 from proxy.ledger import usage
 from proxy.ledger.books import Books, Place

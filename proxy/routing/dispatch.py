@@ -1,4 +1,4 @@
-"""Gathers what a plan is made from, asks for it, and learns from what comes of it. See proxy.router, which decides."""
+"""Gathers what a plan is made from, asks for it, and learns from what comes of it. proxy.routing.router decides."""
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -9,16 +9,17 @@ from typing import NamedTuple
 
 import msgspec
 
-from proxy import complexity, features, forbidden, router, tasks, wishes
+from proxy import forbidden
 from proxy.endpoints import Endpoints
 from proxy.errors import BadRequest, NothingSuits
-from proxy.features import Features, Judge
 from proxy.limits import Limits
 from proxy.naming import Prefer
 from proxy.prices import Prices
 from proxy.registry import Group, Model, Registry
-from proxy.router import Candidate, Health, Plan
-from proxy.rules import Weights
+from proxy.routing import complexity, features, router, tasks, wishes
+from proxy.routing.features import Features, Judge
+from proxy.routing.router import Candidate, Health, Plan
+from proxy.routing.rules import Weights
 
 Fields = Mapping[str, msgspec.Raw]
 

@@ -2,7 +2,7 @@
 
 A linear model over a few features of the text's shape and over hashed words and pairs of words, after "RouteLLM:
 Learning to Route LLMs with Preference Data" (Ong et al., 2024) in aim, and "Feature Hashing for Large Scale Multitask
-Learning" (Weinberger et al., 2009) in means. What it was fitted on and what it is worth: `data/complexity.md`.
+Learning" (Weinberger et al., 2009) in means. What it was fitted on and what it is worth: `complexity.md`.
 """
 
 import math
@@ -18,8 +18,8 @@ import msgspec
 
 from proxy.errors import ConfigError
 
-SHIPPED = Path(__file__).parent / "data/complexity.json"
-_GLOSSARY = Path(__file__).parent / "data/glossary.txt"
+SHIPPED = Path(__file__).parent / "complexity.json"
+_GLOSSARY = Path(__file__).parent / "glossary.txt"
 
 BITS = 18
 _MASK = (1 << BITS) - 1

@@ -14,7 +14,7 @@ from operator import mul
 
 import msgspec
 
-from proxy.complexity import BITS, SHAPE, Coefficients, Model, Reading, norm, standard
+from proxy.routing.complexity import BITS, SHAPE, Coefficients, Model, Reading, norm, standard
 
 RIDGE = 6.0
 RAREST = 4  # words and pairs in fewer prompts than this are left out

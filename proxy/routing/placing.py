@@ -5,11 +5,12 @@ from functools import partial
 
 import msgspec
 
-from proxy import explanation, forbidden, presets, wishes
-from proxy.dispatch import Dispatcher, Inquiry
+from proxy import forbidden
 from proxy.limits import Limits
 from proxy.providers import Asked
 from proxy.registry import Group, Model, Preset, Registry
+from proxy.routing import explanation, presets, wishes
+from proxy.routing.dispatch import Dispatcher, Inquiry
 
 
 class Placed(msgspec.Struct, frozen=True, gc=False):

@@ -21,7 +21,7 @@ from msgspec import Meta
 from proxy.errors import BadRequest
 from proxy.mistakes import dotted, located
 from proxy.naming import Prefer
-from proxy.traits import Language, Modality, Region, Score
+from proxy.routing.traits import Language, Modality, Region, Score
 
 FIELD = "routing"
 

@@ -12,10 +12,10 @@ import click
 import msgspec
 from msgspec import Meta
 
-from proxy import complexity, fitting
-from proxy.curves import Curve
 from proxy.errors import ConfigError
-from proxy.fitting import Example
+from proxy.routing import complexity, fitting
+from proxy.routing.curves import Curve
+from proxy.routing.fitting import Example
 
 FEWEST = 50
 Right = Annotated[float, Meta(ge=0, le=1)]

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from proxy.features import Features
-from proxy.router import Option, Plan
+from proxy.routing.features import Features
+from proxy.routing.router import Option, Plan
 
 _LONGEST = 4096  # bytes of a header; many clients take no more than 8 KiB of them all
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from proxy import tasks
-from proxy.complexity import Model as ComplexityModel
 from proxy.naming import Prefer
+from proxy.routing import tasks
+from proxy.routing.complexity import Model as ComplexityModel
+from proxy.routing.wishes import Level, Wishes
 from proxy.telemetry import OPERATIONS
-from proxy.wishes import Level, Wishes
 
 Fields = Mapping[str, msgspec.Raw]
 Need = Literal["tools", "json_mode", "json_schema", "logprobs"]

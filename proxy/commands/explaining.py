@@ -9,7 +9,7 @@ import httpx2
 import msgspec
 
 from proxy import config
-from proxy.console import print_table
+from proxy.commands.console import print_table
 from proxy.errors import ConfigError, ServeError
 
 _TIMEOUT = 30.0  # seconds

@@ -1,0 +1,1 @@
+"""What the subcommands of `polyvox` do that are more than a call."""
