@@ -36,7 +36,7 @@ def test_a_proof_is_harder_than_small_talk_in_every_language(language):
 
 def test_another_process_gives_the_same_score():
     prompt = HARD["ja"] + HARD["ru"] + HARD["en"]
-    script = f"from proxy import complexity; print(repr(complexity.shipped().score({prompt!r})))"
+    script = f"from proxy.routing import complexity; print(repr(complexity.shipped().score({prompt!r})))"
     done = [
         subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
