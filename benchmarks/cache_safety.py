@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from proxy.cache import Entry, Stats
+from proxy.cache import Entry
 from proxy.cache.memory import MemoryStore
 from proxy.cache.settings import CacheSettings
 from proxy.cache.shield import Shield
@@ -58,9 +58,6 @@ class FaultyStore(MemoryStore):
     def put(self, key: bytes, entry: Entry, claim: object = None) -> None:
         if self._chance.random() >= self._share:
             super().put(key, entry)
-
-    def stats(self) -> Stats:
-        return super().stats()
 
 
 class Upstream:

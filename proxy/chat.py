@@ -82,9 +82,6 @@ class Chat:
             return await self._together(target, asked.without(wish.FIELD), request, exchange)
         placed = self._placing.place(registry, envelope.model, target, asked, request.models)
         exchange.model, exchange.on_prompt = placed.model.name, placed.learn
-        if envelope.stream and (options := placed.asked.envelope.fields.get("stream_options")):
-            asked, exchange.shows_cost = _without_cost(placed.asked, bytes(options))
-            placed = msgspec.structs.replace(placed, asked=asked)
         reply = await self._reply(placed, request, exchange)
         if placed.why is not None:
             reply.headers += ((b"x-polyvox-route", placed.why),)
@@ -92,7 +89,7 @@ class Chat:
 
     def _reply(self, placed: Placed, request: Incoming, exchange: Exchange) -> Awaitable[Reply]:
         """Answer from the cache, or as the cache is told to; without one, as if it had not been spoken of."""
-        asked, model, chain = placed.asked, placed.model, placed.chain
+        asked, model, chain = _without_cost(placed.asked, exchange), placed.model, placed.chain
         field = None if asked.form else asked.envelope.fields.get(wish.FIELD)
         if field is not None:
             asked = asked.without(wish.FIELD)
@@ -105,8 +102,7 @@ class Chat:
     async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
         """Answer a request with several models."""
         exchange.model = target.name
-        if asked.envelope.stream and (options := asked.envelope.fields.get("stream_options")):
-            asked, exchange.shows_cost = _without_cost(asked, bytes(options))
+        asked = _without_cost(asked, exchange)
         return await FanOut(self._ways, target.settings, asked, exchange, self._place, request.deadline).answer()
 
     def _place(self, name: str, asked: Asked) -> Placed:
@@ -134,12 +130,9 @@ class Chat:
                 f"{', '.join(target.settings.members)}.",
                 param="model",
             )
-        routed = self._dispatcher.consider(registry, target, _inquiry(path, envelope, request))
+        inquiry = Inquiry(path, envelope.fields, request.headers, envelope.model, request.models)
+        routed = self._dispatcher.consider(registry, target, inquiry)
         return explanation.full(routed.plan, routed.models, envelope.model)
-
-
-def _inquiry(path: str, envelope: wire.Envelope, request: Incoming) -> Inquiry:
-    return Inquiry(path, envelope.fields, request.headers, envelope.model, request.models)
 
 
 def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
@@ -148,10 +141,11 @@ def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
     )
 
 
-def _without_cost(asked: Asked, stream_options: bytes) -> tuple[Asked, bool]:
-    """Take the wish for the cost of a stream out of a request; say whether it is one."""
-    taken = accounting.take_cost(stream_options)
+def _without_cost(asked: Asked, exchange: Exchange) -> Asked:
+    """Take the wish for the cost of a stream out of a request, and have the exchange know of it."""
+    options = asked.envelope.fields.get("stream_options") if asked.envelope.stream else None
+    taken = accounting.take_cost(bytes(options)) if options else None
     if taken is None:
-        return asked, False
-    options, wish = msgspec.Raw(taken[0]), taken[1]
-    return asked.with_fields({**asked.envelope.fields, "stream_options": options}), wish
+        return asked
+    exchange.shows_cost = taken[1]
+    return asked.with_fields({**asked.envelope.fields, "stream_options": msgspec.Raw(taken[0])})

@@ -13,6 +13,7 @@ from proxy.errors import BadGateway
 from proxy.fallback import Walk
 from proxy.prices import Prices
 from proxy.providers import Asked
+from proxy.providers.headers import authorization
 from proxy.registry import Endpoint, Ensemble, Group, Preset
 from proxy.relay import Exchange
 from proxy.route import Ways
@@ -79,9 +80,8 @@ class Elsewhere:
 
     async def __call__(self, text: str, key_id: str) -> Vector | None:
         """Return the vector of a text. Raises UpstreamError, BadGateway."""
-        endpoint, headers = self._endpoint, [*_JSON]
-        if endpoint.api_key:
-            headers.append((b"authorization", b"Bearer " + endpoint.api_key.reveal().encode()))
+        endpoint = self._endpoint
+        headers = _JSON + authorization(endpoint)
         body = wire.encode({"model": self._model, "input": text})
         path = endpoint.path(_PATH).encode()
         answer = await self._transport_to(endpoint).send(b"POST", path, headers, body, Timeouts())

@@ -13,8 +13,9 @@ from proxy.balancer.gauges import Gauges
 from proxy.balancer.policies import Chance
 from proxy.errors import UpstreamError
 from proxy.live import LiveRegistry
+from proxy.providers.headers import authorization
 from proxy.registry import Endpoint
-from proxy.transport import Headers, Timeouts, Transport
+from proxy.transport import Timeouts, Transport
 
 _PAUSE = 1.0  # seconds between two looks
 _LONG_PAUSE = 60.0  # the same at a server that has no gauges of vLLM's
@@ -57,7 +58,9 @@ async def _follow_one(
 async def ask(endpoint: Endpoint, transport: Transport) -> Gauges | None:
     """Return the gauges of an endpoint, None where it has none of vLLM's or does not answer."""
     try:
-        answer = await transport.send(b"GET", endpoint.path("/metrics").encode(), _headers(endpoint), b"", _TIMEOUTS)
+        answer = await transport.send(
+            b"GET", endpoint.path("/metrics").encode(), authorization(endpoint), b"", _TIMEOUTS
+        )
         try:
             page = await answer.read(_LONGEST) if answer.status == 200 else b""
         finally:
@@ -65,7 +68,3 @@ async def ask(endpoint: Endpoint, transport: Transport) -> Gauges | None:
     except UpstreamError:
         return None
     return gauges.read(page.decode("utf-8", "replace"))
-
-
-def _headers(endpoint: Endpoint) -> Headers:
-    return [(b"authorization", b"Bearer " + endpoint.api_key.reveal().encode())] if endpoint.api_key else []

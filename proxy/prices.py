@@ -41,9 +41,7 @@ class Prices:
         tariff = self._tariffs.get(endpoint)
         if tariff is not None:
             return cost(tariff.at(usage.tokens_in) if tariff.long else tariff.base, usage)
-        if model not in self._hosting:
-            return None
-        price = hosted(self._hosting[model], *self._throughput(model, endpoint))
+        price = self._hosted(model, endpoint)
         return None if price is None else cost(price, usage)
 
     def dearest(self, model: str, tokens_in: int) -> Price | None:
@@ -60,10 +58,15 @@ class Prices:
             return tariff.at(tokens_in)
         if model not in self._hosting:
             return None
-        usd_per_hour = self._hosting[model]
-        return hosted(usd_per_hour, *self._throughput(model, endpoint)) or hosted(usd_per_hour, 1.0, HOSTED_WORK)
+        return self._hosted(model, endpoint) or hosted(self._hosting[model], 1.0, HOSTED_WORK)
+
+    def _hosted(self, model: str, endpoint: str) -> Price | None:
+        """Return the price that is worked out for an engine, None before it has done anything, and for others."""
+        if model not in self._hosting:
+            return None
+        return hosted(self._hosting[model], *self._throughput(model, endpoint))
 
     def known(self) -> list[Price]:
         """Return the prices as they are now, those of long prompts aside."""
-        now = [hosted(self._hosting[m], *self._throughput(m, e)) for m, endpoints in self._engines for e in endpoints]
+        now = [self._hosted(model, endpoint) for model, endpoints in self._engines for endpoint in endpoints]
         return [*(tariff.base for tariff in self._tariffs.values()), *(price for price in now if price)]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -79,7 +80,7 @@ class Route:
         endpoints = self._ways.endpoints
         now = endpoints.clock()
         busy = None
-        for level, model in self._models() if self._chain else self._alone():
+        for level, model in self._models():
             allowed = self._allowed(model, now)
             if not allowed:
                 continue
@@ -148,12 +149,11 @@ class Route:
             return EngineStopped(model.name, model.state)
         return Unavailable(model.name, endpoints.wait([m for _, m in self._models()], endpoints.clock()))
 
-    def _alone(self) -> tuple[tuple[int, Model], ...]:
-        return () if self._context else ((0, self.model),)
+    def _models(self) -> Iterable[tuple[int, Model]]:
+        own = () if self._context else ((0, self.model),)
+        return chain(own, self._others()) if self._chain else own
 
-    def _models(self) -> Iterator[tuple[int, Model]]:
-        if not self._context:
-            yield 0, self.model
+    def _others(self) -> Iterator[tuple[int, Model]]:
         models = self._ways.live.current.models
         for level, name in enumerate(self._chain, 1):
             model = models.get(name)

@@ -192,6 +192,14 @@ def eventually(
         time.sleep(pause)
 
 
+def answers(client: httpx2.Client, url: str) -> bool:
+    """Say whether a server is there, and answers with 200."""
+    try:
+        return client.get(url).status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
 def free_port() -> int:
     """Return a port of the loopback that nobody listens on."""
     with socket.socket() as s:

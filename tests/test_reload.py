@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.scraping import Page
-from tests.serving import Server, command, eventually, free_port, start, stop, wait_until_ready
+from tests.serving import Server, answers, command, eventually, free_port, start, stop, wait_until_ready
 
 KEY, ADMIN = "sk-sentinel-client", "sk-sentinel-admin"
 FAST = {"time_to_first_token": 0.0, "time_per_token": 0.0, "tokens": 8}
@@ -32,18 +32,11 @@ def elsewhere(tokens: int) -> Iterator[str]:
     process = psutil.Popen([sys.executable, "-m", "engines.simulator", *words])
     try:
         with httpx2.Client() as probe:
-            eventually(lambda: _answers(probe, f"http://127.0.0.1:{port}/health"), 30)
+            eventually(lambda: answers(probe, f"http://127.0.0.1:{port}/health"), 30)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
         process.wait()
-
-
-def _answers(client: httpx2.Client, url: str) -> bool:
-    try:
-        return client.get(url).status_code == 200
-    except httpx2.TransportError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +413,7 @@ def test_a_worker_that_starts_later_has_the_newest_configuration(server: Server,
     dying = [p for p in server.process.children() if "proxy.worker" in command(p)]
     for worker in dying:
         worker.kill()
-    eventually(lambda: _answers(httpx2.Client(), f"{server.base_url}/ready"), 30)
+    eventually(lambda: answers(httpx2.Client(), f"{server.base_url}/ready"), 30)
     assert everywhere(server, chat("newest")) == {200}
     assert scrape(server).value("polyvox_requests_total", model_name="fast") == before
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.serving import Server, command, eventually, free_port, serve, start, stop, wait_until_ready
+from tests.serving import Server, answers, command, eventually, free_port, serve, start, stop, wait_until_ready
 
 FAST = {"time_to_first_token": 0.0, "time_per_token": 0.0, "tokens": 8}
 SLOW = {"time_to_first_token": 0.0, "time_per_token": 0.05, "tokens": 2000}
@@ -54,7 +54,7 @@ def server(folder: Path) -> Iterator[Server]:
          "--time-to-first-token", "0", "--time-per-token", "0", "--tokens", "8"]
     )  # fmt: skip
     with httpx2.Client() as probe:
-        eventually(lambda: _answers(probe, f"http://127.0.0.1:{port}/health"), 30)
+        eventually(lambda: answers(probe, f"http://127.0.0.1:{port}/health"), 30)
     try:
         running = start(configuration, folder)
         eventually(lambda: _states(running) == {*EVERY_READY, "never/0 stopped"}, 30, running.log)
@@ -75,13 +75,6 @@ def _states(server: Server) -> set[str]:
     except httpx2.TransportError:
         assert server.process.poll() is None, server.log()
         return set()
-
-
-def _answers(client: httpx2.Client, url: str) -> bool:
-    try:
-        return client.get(url).status_code == 200
-    except httpx2.TransportError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +373,7 @@ def test_a_worker_that_dies_is_replaced_and_engines_do_not_notice(server: Server
     assert len(before) == 2
     psutil.Process(min(before)).kill()
     eventually(lambda: len(workers()) == 2 and workers() != before, 30)
-    eventually(lambda: _answers(http, "/v1/models"), 30)
+    eventually(lambda: answers(http, "/v1/models"), 30)
     assert {e.id: e.pid for e in server.fleet().values()} == engines
 
 
@@ -423,7 +416,7 @@ def test_a_request_waits_for_an_engine_that_is_starting(tmp_path: Path):
     running = start(configuration, tmp_path)
     try:
         with httpx2.Client(base_url=running.base_url, timeout=30) as client:
-            eventually(lambda: _answers(client, "/health"), 30, running.log)
+            eventually(lambda: answers(client, "/health"), 30, running.log)
             assert client.get("/ready").status_code == 503
             assert client.post("/v1/completions", json={"model": "late", "prompt": "x"}).status_code == 200
             assert client.get("/ready").status_code == 200
@@ -455,7 +448,7 @@ def test_a_request_that_waits_too_long_is_told_to_come_back(tmp_path: Path):
     running = start(configuration, tmp_path)
     try:
         with httpx2.Client(base_url=running.base_url, timeout=30) as client:
-            eventually(lambda: _answers(client, "/health"), 30, running.log)
+            eventually(lambda: answers(client, "/health"), 30, running.log)
             answer = client.post("/v1/completions", json={"model": "late", "prompt": "x"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
         assert int(answer.headers["retry-after"]) > 0

@@ -2,12 +2,15 @@
 
 import re
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import ConfigError
-from proxy.routing import tasks
+from proxy.routing import features, tasks
+from proxy.routing.features import Judge
+from proxy.routing.wishes import Wishes
 from tests.labelled_tasks import LABELLED, TRICKY
 
 TABLE = tasks.tasks()
@@ -59,6 +62,23 @@ def test_a_pattern_that_is_no_good_is_refused_by_name(extra, message):
         tasks.tasks(extra)
 
 
+class Listener:
+    """Keeps the text whose complexity is asked for, which is also that of the task."""
+
+    text = "nothing"
+
+    def score(self, text):
+        self.text = text
+        return 0.5
+
+
+def asked_for(messages):
+    listener = Listener()
+    fields = {"messages": msgspec.Raw(msgspec.json.encode(messages))}
+    features.read("/v1/chat/completions", fields, Wishes(), Judge(TABLE, listener, 0.4, 0.6))
+    return listener.text
+
+
 @pytest.mark.parametrize(
     ("messages", "text"),
     [
@@ -78,7 +98,7 @@ def test_a_pattern_that_is_no_good_is_refused_by_name(extra, message):
     ],
 )
 def test_the_task_is_read_from_the_last_turn_of_the_user(messages, text):
-    assert tasks.last_user_text(messages) == text
+    assert asked_for(messages) == text
 
 
 @pytest.mark.parametrize("pattern", [p for patterns in tasks.PATTERNS.values() for p in patterns])

@@ -10,6 +10,7 @@ import msgspec
 from proxy import prompts, providers, sse, wire
 from proxy.errors import RequestError, UpstreamError
 from proxy.providers import Asked
+from proxy.providers.headers import authorization
 from proxy.registry import Endpoint
 from proxy.transport import Answer, Headers, Timeouts, Transport, content_type
 
@@ -130,11 +131,7 @@ class Asker:
 
     async def get(self, path: str) -> Said:
         """Ask for a document of the server, by its own path."""
-        return await self._exchange(b"GET", path.encode(), self._key(), b"", None)
-
-    def _key(self) -> Headers:
-        key = self.endpoint.api_key
-        return [(b"authorization", b"Bearer " + key.reveal().encode())] if key else []
+        return await self._exchange(b"GET", path.encode(), authorization(self.endpoint), b"", None)
 
     async def _post(self, path: str, body: bytes) -> Said:
         headers = [(b"content-type", b"application/json"), (b"accept", b"application/json")]

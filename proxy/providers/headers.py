@@ -1,6 +1,7 @@
 """The headers that an endpoint gets."""
 
 from proxy.providers import Asked
+from proxy.registry import Endpoint
 from proxy.transport import Headers
 
 # What reaches an upstream of what a client sent. Everything else, its key above all, stays here.
@@ -14,3 +15,8 @@ def upstream_headers(asked: Asked) -> Headers:
     headers = [header for header in asked.headers if header[0] in _PASSED]
     headers.append((b"x-request-id", asked.request_id))
     return headers
+
+
+def authorization(endpoint: Endpoint) -> Headers:
+    """Return the header with which most servers take an endpoint's key, none where it has none."""
+    return [(b"authorization", b"Bearer " + endpoint.api_key.reveal().encode())] if endpoint.api_key else []

@@ -12,7 +12,7 @@ from proxy import accounting, wire
 from proxy.config import EndpointSettings
 from proxy.errors import PathNotServed, WrongSetting
 from proxy.providers import Asked, Outgoing
-from proxy.providers.headers import upstream_headers
+from proxy.providers.headers import authorization, upstream_headers
 from proxy.registry import Endpoint
 from proxy.transport import Answer, Headers, content_type
 
@@ -42,9 +42,7 @@ class OpenAI:
             raise WrongSetting(("options",), "provider openai takes none")
 
     def request(self, asked: Asked, endpoint: Endpoint) -> Outgoing:
-        headers = upstream_headers(asked)
-        if endpoint.api_key:
-            headers.append((b"authorization", b"Bearer " + endpoint.api_key.reveal().encode()))
+        headers = upstream_headers(asked) + authorization(endpoint)
         path = endpoint.path(asked.path).encode()
         return outgoing(asked, endpoint, path + b"?" + asked.query if asked.query else path, headers)
 

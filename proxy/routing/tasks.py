@@ -7,7 +7,6 @@ table. What asks for a thing to be done (translate, classify) weighs more than a
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import msgspec
 
@@ -146,18 +145,6 @@ def classify(text: str, table: Iterable[Task]) -> str:
         if score > most:
             best, most = task.name, score
     return best
-
-
-def last_user_text(messages: Iterable[Mapping[str, Any]]) -> str:
-    """Return the text of the last turn of the user; what system, assistant and tools say is left out."""
-    content: Any = ""
-    for message in messages:
-        if message.get("role") == "user":
-            content = message.get("content")
-    if isinstance(content, list):
-        parts = (part.get("text") for part in content if isinstance(part, Mapping))
-        return "\n".join(text for text in parts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
 
 
 def _matches(text: str, task: Task, absent: Sequence[re.Pattern[str]]) -> int:

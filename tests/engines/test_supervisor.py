@@ -674,6 +674,13 @@ def ids(fleet: Fleet) -> list[str]:
     return [engine.id for engine in fleet.supervisor.fleet().engines]
 
 
+async def leave_busy(fleet: Fleet) -> None:
+    """Let an engine go that has a request in flight; return when it drains."""
+    await fleet.ask("/set?running=1")
+    await fleet.supervisor.follow([])
+    await fleet.until_state("draining")
+
+
 def test_a_new_engine_is_loaded_and_one_that_is_gone_is_drained_and_forgotten(tmp_path: Path, run_on: Story) -> None:
     async def story() -> None:
         async with supervised(tmp_path, engine_spec("old"), engine_spec("kept")) as fleet:
@@ -694,9 +701,7 @@ def test_what_is_in_flight_at_an_engine_that_is_gone_is_waited_for(tmp_path: Pat
     async def story() -> None:
         async with supervised(tmp_path) as fleet:
             await fleet.until_state("ready")
-            await fleet.ask("/set?running=1")
-            await fleet.supervisor.follow([])
-            await fleet.until_state("draining")
+            await leave_busy(fleet)
             assert fleet.processes()
             await fleet.ask("/set?running=0")
             await eventually(lambda: ids(fleet) == [])
@@ -754,9 +759,7 @@ def test_an_engine_that_comes_back_while_it_goes_is_loaded_anew(tmp_path: Path) 
     async def story() -> None:
         async with supervised(tmp_path) as fleet:
             before = (await fleet.until_state("ready")).pid
-            await fleet.ask("/set?running=1")
-            await fleet.supervisor.follow([])
-            await fleet.until_state("draining")
+            await leave_busy(fleet)
             for _ in range(3):
                 await fleet.supervisor.follow([engine_spec()])
             await fleet.supervisor.follow([])
@@ -774,9 +777,7 @@ def test_closing_ends_engines_that_are_on_their_way_out(tmp_path: Path) -> None:
     async def story() -> None:
         async with supervised(tmp_path) as fleet:
             await fleet.until_state("ready")
-            await fleet.ask("/set?running=1")
-            await fleet.supervisor.follow([])
-            await fleet.until_state("draining")
+            await leave_busy(fleet)
         assert fleet.processes() == set()
 
     run(story())

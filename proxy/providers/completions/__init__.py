@@ -13,7 +13,7 @@ from proxy.prompts import CHAT, COMPLETIONS
 from proxy.providers import Asked, Outgoing
 from proxy.providers.completions.answer import Chunks, chat_completion
 from proxy.providers.completions.request import completions_request
-from proxy.providers.headers import upstream_headers
+from proxy.providers.headers import authorization, upstream_headers
 from proxy.providers.openai import outgoing
 from proxy.providers.translated import Document, Translated, Translation
 from proxy.registry import Endpoint
@@ -37,9 +37,7 @@ class Completions:
     def request(self, asked: Asked, endpoint: Endpoint) -> Outgoing:
         if asked.path not in (CHAT, COMPLETIONS):
             raise PathNotServed(asked.path, "completions", (CHAT, COMPLETIONS))
-        headers = upstream_headers(asked)
-        if endpoint.api_key:
-            headers.append((b"authorization", b"Bearer " + endpoint.api_key.reveal().encode()))
+        headers = upstream_headers(asked) + authorization(endpoint)
         if asked.path == CHAT:
             form = endpoint.adapter.form if endpoint.adapter else None
             assert form, "the configuration was checked for one"
