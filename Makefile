@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-start bench-overhead bench-endurance bench-balance bench-cache bench-cache-safety bench-routing chaos serve test lint types schema lock clean
+.PHONY: help setup bench-start bench-overhead bench-endurance bench-balance bench-cache bench-cache-safety bench-routing chaos serve test search lint types schema lock clean
 
 help: ## Show what there is
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ serve: setup ## Run a small model and the proxy on 127.0.0.1:8000 (more options:
 
 test: $(VENV)/.test lint types ## Run every check and test, real vLLM engines included
 	$(BIN)/pytest $(ARGS)
+
+search: $(VENV)/.test ## Look for failures among thousands of new examples of each property (ARGS="tests/test_config.py")
+	$(BIN)/pytest -m hypothesis --hypothesis-profile=search --timeout=1800 $(ARGS)
 
 lint: $(VENV)/.test ## Check style (ruff) and the import floors (import-linter)
 	$(BIN)/ruff check .

@@ -13,7 +13,8 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString, ScalarString
 
 from proxy.config import MASK
 from proxy.errors import ConfigError, FileReadOnly
@@ -76,6 +77,7 @@ def _replace(path: Path, text: str, like: os.stat_result) -> None:
 def _edited(text: str, edit: Callable[[CommentedMap], None], name: str) -> str:
     """Apply an edit to the models of a document; refuse one that would change anything else."""
     round_trip = YAML()
+    round_trip.Representer = _Representer
     round_trip.preserve_quotes = True
     round_trip.width = _WIDTH
     try:
@@ -146,7 +148,7 @@ def _merged(old: Any, new: Any, path: tuple[str | int, ...]) -> Any:
         for i, value in enumerate(new):
             old[i] = _merged(old[i], value, (*path, i))
         return old
-    return old if old == new and isinstance(old, type(new)) else _fresh(new, path)
+    return old if old == new and isinstance(old, ScalarString) else _fresh(new, path)  # a text stays as it was quoted
 
 
 def _fresh(value: Any, path: tuple[str | int, ...]) -> Any:
@@ -160,7 +162,17 @@ def _fresh(value: Any, path: tuple[str | int, ...]) -> Any:
 def _quoted(text: str) -> str:
     """Return a text in quotes where YAML 1.1, as which it is read, takes it for something else: `on`, `1_000`, `~`."""
     try:
-        is_text = yaml.safe_load(text) == text
+        is_text = yaml.safe_load(text) == text and yaml.safe_load(f"{{{text}: [{text}]}}") == {text: [text]}
     except (yaml.YAMLError, ValueError):
         is_text = False
     return text if is_text else DoubleQuotedScalarString(text)
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes a number that is new as YAML 1.1 reads it: 1.0e-05, since 1e-05 is a text there."""
+
+    def represent_float_of_1_1(self, value: float) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:float", yaml.safe_dump(value).split()[0])
+
+
+_Representer.add_representer(float, _Representer.represent_float_of_1_1)

@@ -190,7 +190,9 @@ class Transcript:
 
     def _count(self, usage: _Usage) -> None:
         if usage.completion_tokens is not None:
-            self.tokens = usage.completion_tokens
+            # It is never less than before. An engine that goes on was not told of white space at the end of the text,
+            # so that what it counts at first leaves that out.
+            self.tokens = max(self.tokens, usage.completion_tokens)
         if usage.prompt_tokens is not None:
             self.prompt_tokens = usage.prompt_tokens
 

@@ -5,7 +5,7 @@ import json
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.accounting import StreamAccount
@@ -99,6 +99,7 @@ LIMITS = st.fixed_dictionaries({}, optional={"max_tokens": st.integers(1, 20)}) 
 BREAKS = st.lists(st.integers(0, 16), max_size=4)
 
 
+@example(GreedyEngine(CHAT, ("Hello", " "), continuous_usage=True), {}, [3, 1], [])
 @given(engines(), LIMITS, BREAKS, CUTS)
 def test_what_the_client_gets_of_a_broken_stream_is_what_an_unbroken_one_says(engine, limits, breaks, cuts):
     if engine.path == COMPLETIONS:

@@ -82,6 +82,20 @@ def test_a_mask_stands_for_what_is_there_and_for_nothing_else():
     assert refused.value.field == "models.b.endpoints[0].api_key"
 
 
+@pytest.mark.parametrize("number", [1e-05, 1e16, 1.5e300, 0.1, 15, True])
+@pytest.mark.parametrize("before", ["1e-05", "0o17", "1e16", "yes", "0.1"])
+def test_a_number_is_read_as_it_was_put_whatever_stood_there(number: float, before: str):
+    text = editing.put_model(f"models: {{a: {{weight: {before}}}}}\n", "a", {"weight": number})
+    read = yaml.safe_load(text)["models"]["a"]["weight"]
+    assert (read, type(read)) == (number, type(number))
+
+
+@pytest.mark.parametrize("text", [":1", "a: b", "?x", "on", "1e3", "{", "a, b"])
+def test_a_name_is_read_as_it_was_put_also_in_braces(text: str):
+    written = editing.put_model("models: {a: {timeouts: {connect: 1}}}\n", "a", {"timeouts": {text: text}})
+    assert yaml.safe_load(written)["models"]["a"] == {"timeouts": {text: text}}
+
+
 WORDS = ("on", "off", "no", "~", "null", "1_000", "0o17", "1e3", "3:30", "", "a: b", "- a", "#", "*x", "${KEY}", "a\nb",
          "2026-01-31", "=", "<<")  # fmt: skip
 TEXTS = st.sampled_from(WORDS) | st.text("a1é:-#'\"\\\n{}[]&*!|>%@,. ", max_size=9)
