@@ -45,5 +45,5 @@ class Admin:
 def _settings(body: bytes) -> object:
     try:
         return msgspec.json.decode(body)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise BadRequest(f"The body is not valid JSON: {e}") from None

@@ -38,6 +38,7 @@ def read_json(body: bytes, model: str | None = None) -> Envelope:
     """
     name = None
     try:
+        body.isascii() or body.decode()  # in the fields, which are not decoded here
         fields = _decode_object(body)
         name = "model"
         model = _decode_text(fields.get("model", _NULL)) or model
@@ -46,11 +47,27 @@ def read_json(body: bytes, model: str | None = None) -> Envelope:
     except msgspec.ValidationError as e:
         raise _wrong_type(str(e), name) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise BadRequest(f"The body is not valid JSON: {_reason(e)}") from None
+        raise BadRequest(f"The body is not valid JSON: {_reason(e, body)}") from None
     return Envelope(_required(model), bool(stream), fields)
 
 
-def _reason(error: Exception) -> str:
+# What bodies begin with that would be JSON if they were sent otherwise.
+_BEGINNINGS = {
+    b"\x1f\x8b": "it is compressed; send it without Content-Encoding",
+    b"\x28\xb5\x2f\xfd": "it is compressed; send it without Content-Encoding",
+    b"\xef\xbb\xbf": "it begins with a byte order mark; leave that out",
+    b"\xff\xfe": "it is UTF-16; send it as UTF-8",
+    b"\xfe\xff": "it is UTF-16; send it as UTF-8",
+    b"{\x00": "it is UTF-16; send it as UTF-8",
+    b"\x00{": "it is UTF-16; send it as UTF-8",
+}
+
+
+def _reason(error: Exception, body: bytes) -> str:
+    if not body.strip():
+        return "it is empty"
+    if said := next((said for start, said in _BEGINNINGS.items() if body.startswith(start)), None):
+        return said
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):

@@ -1,5 +1,6 @@
 """Reading and changing bodies: what decides is read, `model` is replaced, every other byte stays."""
 
+import gzip
 import json
 
 import pytest
@@ -37,8 +38,13 @@ def test_no_stream_is_the_default(stream):
     ("body", "param", "said"),
     [
         (b"{", None, "not valid JSON"),
-        (b"", None, "not valid JSON"),
-        (b'{"model": "\xff"}', None, "not valid JSON"),
+        (b"", None, "not valid JSON: it is empty"),
+        (b'{"model": "\xff"}', None, "byte 11 is not UTF-8"),
+        (b'{"model": "m", "messages": [{"role": "user", "content": "caf\xe9"}]}', None, "is not UTF-8"),
+        ('{"model": "m"}'.encode("utf-16"), None, "it is UTF-16"),
+        ('{"model": "m"}'.encode("utf-16-le"), None, "it is UTF-16"),
+        ('{"model": "m"}'.encode("utf-8-sig"), None, "byte order mark"),
+        (gzip.compress(b'{"model": "m"}'), None, "it is compressed"),
         (b'{"model": "m"} x', None, "not valid JSON"),
         (b'{"model": "m", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "too deeply"),
         (b"[]", None, "expected `object`, got `array`"),
