@@ -297,11 +297,13 @@ def test_the_path_of_a_target_has_its_escapes_resolved():
     assert split_target(b"/v1/models/a%2Fb?x=1") == (b"/v1/models/a%2Fb", "/v1/models/a/b", b"x=1")
 
 
-def test_a_client_that_waits_to_be_told_to_go_on_is_told():
+@pytest.mark.parametrize("expectation", [b"100-continue", b"100-Continue"])
+def test_a_client_that_waits_to_be_told_to_go_on_is_told(expectation: bytes):
     async def test() -> None:
         async with site(echo) as s:
             reader, writer = await s.connect()
-            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
+            head = b"POST / HTTP/1.1\r\nhost: x\r\nexpect: %b\r\ncontent-length: 2\r\n\r\n"
+            writer.write(head % expectation)
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
             writer.write(b"hi")
             assert b"POST / hi" in await reader.readuntil(b"hi")

@@ -19,6 +19,10 @@ _NO_BODY = frozenset((204, 304))
 log = logging.getLogger(__name__)
 
 
+def _is_expectation(header: tuple[bytes, bytes]) -> bool:
+    return header[0] == b"expect" and header[1].lower() == b"100-continue"
+
+
 class Defaults(Protocol):
     """Where the headers of every answer are."""
 
@@ -172,7 +176,7 @@ class Turn:
             self._waiter.set_result(None)
 
     def _expects_continue(self) -> bool:
-        return not self.begun and (b"expect", b"100-continue") in self._scope["headers"] and not self._held
+        return not self.begun and not self._held and any(map(_is_expectation, self._scope["headers"]))
 
     # The answer
 
