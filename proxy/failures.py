@@ -9,6 +9,10 @@ Answers that are errors:
 5. 529 is what Anthropic calls overloaded; everybody else says 503.
 """
 
+import math
+import time
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 import msgspec
@@ -39,6 +43,7 @@ _OUR_KEY = frozenset((401, 402, 403, 407))
 _OVERLOADED = 529
 _BUSY = frozenset((408, 425, 429))
 _PASSING = frozenset((502, 503))  # what those answer whose engine is being started, or has too much to do
+_LONGEST_REST = 7 * 24 * 3600  # seconds
 _NEVER = frozenset((501, 505))  # what the client wants is not there; it could break every breaker with it
 
 
@@ -134,10 +139,14 @@ def _instead(answer: Answer, *, of_others: bool) -> RequestError | None:
     return None
 
 
-def retry_after(headers: list[tuple[bytes, bytes]]) -> int | None:
-    """Return the seconds of Retry-After; None without it, and for a date."""
-    value = next((value for name, value in headers if name == b"retry-after"), b"")
-    return int(value) if value.isdigit() and len(value) < 7 else None
+def retry_after(headers: list[tuple[bytes, bytes]], clock: Callable[[], float] = time.time) -> int | None:
+    """Return the seconds of Retry-After, which may be a date; None without it. clock: Unix time."""
+    value = next((value.decode("latin-1") for name, value in headers if name == b"retry-after"), "")
+    try:
+        seconds = int(value) if value.isdecimal() else math.ceil(parsedate_to_datetime(value).timestamp() - clock())
+    except (ValueError, OverflowError):
+        return None
+    return min(max(seconds, 0), _LONGEST_REST)
 
 
 def masked(document: bytes, endpoint: Endpoint) -> bytes:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from proxy.config import BreakerSettings, Config, EndpointSettings, ModelSettings, RetrySettings, Timeouts
+from proxy.failures import retry_after
 from tests.fakes.one_worker import DONE, EVENTS, JSON, ROLE, Proxy, document, event, events, proxying, text_of
 from tests.fakes.scripted_upstream import Play, ScriptedUpstream, Step, eventually, ok, upstream
 from tests.serving import free_port
@@ -340,14 +341,35 @@ def test_too_many_requests_everywhere_is_told_as_the_first_endpoint_said_it():
     two_models([ok(b'{"a":1}', JSON, b"retry-after: 3", status=b"429 No")], [ok(b"", status=b"500 Oh")], story)
 
 
-def test_an_endpoint_that_wants_a_rest_is_not_asked_and_its_breaker_stays_closed():
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (b"7", 7),
+        (b"0", 0),
+        (b"Sun, 21 Nov 2027 07:28:00 GMT", 2),
+        (b"Sun, 21 Nov 2027 07:27:00 GMT", 0),
+        (b"9" * 40, 604800),
+        (b"Fri, 31 Dec 9999 23:59:59 GMT", 604800),
+        (b"soon", None),
+        (b"", None),
+        (b"9" * 5000, None),
+        (b"Sun, 21 Nov 99999999999 07:28:00 GMT", None),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_as_a_date(value, seconds):
+    assert retry_after([(b"retry-after", value)], lambda: 1826782078.5) == seconds
+
+
+@pytest.mark.parametrize("status", [b"429 Slow", b"503 Busy", b"529 Overloaded"])
+@pytest.mark.parametrize("when", [b"30", b"Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_an_endpoint_that_wants_a_rest_is_not_asked_and_its_breaker_stays_closed(status, when):
     async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
         for _ in range(10):
             assert (await proxy.ask()).json()["model"] == "m"
         assert (len(a.requests), len(b.requests)) == (1, 10)
         assert proxy.state("m/0") == "closed"
 
-    two_models([ok(b"{}", JSON, b"retry-after: 30", status=b"429 Slow")], plain("b"), story)
+    two_models([ok(b"{}", JSON, b"retry-after: " + when, status=status)], plain("b"), story)
 
 
 def test_an_endpoint_that_wants_a_rest_is_asked_where_there_is_no_other():
