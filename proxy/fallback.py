@@ -35,7 +35,7 @@ from proxy.prompts.adapters import Adapter
 from proxy.providers import Asked
 from proxy.registry import Endpoint, Model
 from proxy.relay import Exchange
-from proxy.reply import Cut, Reply
+from proxy.reply import Cut, Patience, Reply
 from proxy.route import Place, Route, Ways
 from proxy.transport import Answer, Timeouts
 
@@ -120,7 +120,8 @@ class Walk:
         if self._route.leads_elsewhere(place.model):
             reply.continuation = Continuation.of(self._asked.path, self._asked.envelope.fields)
         try:
-            await reply.open(started + _patience(place.model), self._ways.endpoints.clock)
+            patience = self._patience(place.model)
+            await reply.open(started + patience.first_token, patience)
         except ErrorEvent as error:
             if (status := failures.status_of(error)) is None:
                 raise
@@ -296,20 +297,25 @@ class Walk:
         answer, _, hide_usage = await self._send(place, msgspec.structs.replace(self._asked, body=body))
         if answer.status != 200 or not replies.is_stream(answer):
             raise BadGateway("The upstream does not continue what another one began.")
-        reply.go_on(answer, continuation.splice(), hide_usage=hide_usage)
+        reply.go_on(answer, continuation.splice(), self._patience(place.model), hide_usage=hide_usage)
         self._exchange.resumed += 1
 
+    def _patience(self, model: Model) -> Patience:
+        return Patience(*_for_tokens(model), self._ways.endpoints.clock)
 
-def _patience(model: Model) -> float:
-    """Return the seconds that the first token of a stream may take."""
+
+def _for_tokens(model: Model) -> tuple[float, float]:
+    """Return the seconds that the first token of a stream may take, and each that follows."""
     times = model.timeouts
-    return times.first_byte if times.first_token is None else times.first_token
+    return (
+        times.first_byte if times.first_token is None else times.first_token,
+        times.between_bytes if times.between_tokens is None else times.between_tokens,
+    )
 
 
 def _timeouts(model: Model, *, stream: bool) -> Timeouts:
     times = model.timeouts
     if not stream:
         return Timeouts(times.connect, times.first_byte, times.between_bytes)
-    first = _patience(model)
-    between = times.between_bytes if times.between_tokens is None else times.between_tokens
+    first, between = _for_tokens(model)
     return Timeouts(times.connect, first, between, first)

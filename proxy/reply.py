@@ -1,15 +1,24 @@
 """Bytes out: the answer of an endpoint on its way to the client."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import NamedTuple
 
 from proxy import sse, wire
 from proxy.accounting import Account, DocumentAccount, NoAccount, StreamAccount, Tally
 from proxy.continuation import Continuation
-from proxy.errors import ErrorEvent, FirstTokenTimeout, MalformedAnswer, RequestError, TruncatedAnswer, UpstreamError
+from proxy.errors import (
+    BetweenBytesTimeout,
+    ErrorEvent,
+    FirstTokenTimeout,
+    MalformedAnswer,
+    RequestError,
+    TruncatedAnswer,
+    UpstreamError,
+)
 from proxy.relay import Exchange
 from proxy.renaming import EventRenamer
 from proxy.splice import Splice
-from proxy.telemetry import FIRST_TOKEN
+from proxy.telemetry import FIRST_TOKEN, TELLS
 from proxy.transport import Answer, content_type
 
 Headers = list[tuple[bytes, bytes]]
@@ -32,6 +41,17 @@ _OPENAI = frozenset(("chat", "text_completion"))
 Mend = Callable[["Reply", UpstreamError], Awaitable[tuple[bytes, bool]]]
 
 
+class Patience(NamedTuple):
+    """How long a stream may say nothing, whatever comes: seconds to its first token, and between two of them.
+
+    clock: a monotonic one.
+    """
+
+    first_token: float
+    between_tokens: float
+    clock: Callable[[], float]
+
+
 class Cut(Exception):
     """The rest of a body that was begun cannot come."""
 
@@ -44,8 +64,9 @@ class Reply:
     """
 
     __slots__ = (
-        "_account", "_accounts", "_awaits_token", "_exchange", "_splice", "body", "change", "continuation", "document",
-        "has_moved", "headers", "is_event_stream", "mending", "opening", "status",
+        "_account", "_accounts", "_awaits_token", "_exchange", "_splice", "_still_since", "_tells", "body", "change",
+        "continuation", "document", "has_moved", "headers", "is_event_stream", "mending", "opening", "patience",
+        "status",
     )  # fmt: skip
 
     def __init__(
@@ -69,14 +90,18 @@ class Reply:
         self.change: Callable[[bytes], bytes] | None = None
         self.mending: Mend | None = None
         self.continuation: Continuation | None = None
+        self._tells = b""
         # All mutable state: what there is of the answer, what another endpoint's bytes pass through, whether the first
-        # token of the endpoint is still to come, and whether anything came since the answer went on there.
+        # token of the endpoint is still to come, and whether anything came since the answer went on there; how long its
+        # tokens may take (None: as long as its bytes), and since when what came was none (0: it was one).
         self.body = body
         self.document = b""
         self.opening = b""
         self._splice: Splice | None = None
         self._awaits_token = True
         self.has_moved = False
+        self.patience: Patience | None = None
+        self._still_since = 0.0
         if accounts:
             exchange.passes(account, streamed=self.is_event_stream)
 
@@ -98,9 +123,25 @@ class Reply:
             self.has_moved = True
             if self._accounts:
                 self._exchange.token()
+        if self._tells in data:
+            self._still_since = 0.0
+        else:
+            self._stand_still()
         if data and (self.change is not None or self.continuation is not None):
             return self._passed(data)
         return data
+
+    def _stand_still(self) -> None:
+        """What came was no part of an answer. Raises UpstreamTimeout if nothing else came for too long."""
+        if self.patience is None:
+            return
+        now = self.patience.clock()
+        if not self._still_since:
+            self._still_since = now
+        elif self._awaits_token and now - self._still_since > self.patience.first_token:
+            raise FirstTokenTimeout
+        elif not self._awaits_token and now - self._still_since > self.patience.between_tokens:
+            raise BetweenBytesTimeout
 
     def end(self) -> bytes:
         """The body is over: return what is still to be sent. Raises TruncatedAnswer if it cannot be all."""
@@ -142,21 +183,27 @@ class Reply:
                 passing, more = await self.mend(error)
         yield passing
 
-    async def open(self, deadline: float, clock: Callable[[], float]) -> None:
-        """Read up to the first token, so that nothing is sent before; or what may be held. Raises UpstreamError."""
+    async def open(self, deadline: float, patience: Patience) -> None:
+        """Read up to the first token, so that nothing is sent before; or what may be held. Raises UpstreamError.
+
+        deadline: of the first token. patience: with all that follow it.
+        """
         assert self.body is not None
+        self.patience = patience
         async for data in self.body:
             self.opening += self.read(data)
             if not self._awaits_token or len(self.opening) > _OPENING_LIMIT:
                 return
-            if clock() > deadline:  # what comes is no token
+            if patience.clock() > deadline:  # what comes is no token
                 raise FirstTokenTimeout
             self._exchange.waited()
         self.opening += self.end()
 
-    def go_on(self, answer: Answer, splice: Splice, *, hide_usage: bool) -> None:
+    def go_on(self, answer: Answer, splice: Splice, patience: Patience, *, hide_usage: bool) -> None:
         """The rest of the stream comes from another endpoint."""
         self.body = answer
+        self.patience = patience
+        self._still_since = 0.0
         self._splice = splice
         self._awaits_token = True
         self.has_moved = False
@@ -200,6 +247,7 @@ def _stream(answer: Answer, exchange: Exchange, headers: Headers, rename: str | 
         cost=exchange.cost if exchange.shows_cost else None,
     )
     made = Reply(exchange, answer.status, headers, account, answer)
+    made._tells = TELLS.get(operation, b"")
     if rename is not None:
         made.change = EventRenamer(rename)
     return made

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from proxy.errors import MalformedAnswer
 
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r(?!\n)")
+PING = b": ping\n\n"  # a comment: it shows that the connection is alive, and says nothing
 _LIMIT = 16 * 1024 * 1024
 
 

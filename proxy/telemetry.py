@@ -44,6 +44,14 @@ FIRST_TOKEN = {
     "messages": b"content_block_delta",
 }
 
+# What every event has that is part of an answer: comments and pings, which keep a connection open, have it not.
+TELLS = {
+    "chat": b'"choices"',
+    "text_completion": b'"choices"',
+    "responses": b'"response.',
+    "messages": b"content_block",
+}
+
 
 class RequestStarted(msgspec.Struct, frozen=True, gc=False):
     """A request was sent to an endpoint."""

@@ -95,6 +95,7 @@ FAULTS: dict[str, Play | str] = {
 }
 OF_STREAMS: dict[str, Play] = {
     "a head and silence": [HEAD, Step.STALL],
+    "a head and pings": [HEAD, Step.PING],
     "a head and a reset": [HEAD, Step.RESET],
     "half of the answer": [*streamed(ROLE[:20], end=False), Step.CLOSE],
     "an end without anything": streamed(),
@@ -138,6 +139,7 @@ BROKEN: dict[str, list[bytes | Step]] = {
     "a clean end too early": [b"0\r\n\r\n"],
     "an end of the connection": [Step.CLOSE],
     "silence": [Step.STALL],
+    "pings": [Step.PING],
     "garbage": [b"this is no chunk\r\n"],
     "half a chunk": [b"ff\r\n" + event(content="lost")[:40], Step.RESET],
     "half an event and a clean end": [piece(event(content="lost")[:40]), b"0\r\n\r\n"],

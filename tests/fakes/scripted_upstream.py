@@ -19,6 +19,7 @@ class Step(Enum):
     CLOSE = auto()
     RESET = auto()
     STALL = auto()  # until release() or until the peer is gone
+    PING = auto()  # comments of an event stream, each a chunk, until the peer is gone
 
 
 Play = Sequence[bytes | Step]
@@ -93,6 +94,8 @@ class ScriptedUpstream:
             return False
         if step is Step.STALL:
             return await self._stall(reader)
+        if step is Step.PING:
+            return await _ping(reader, writer)
         if step is Step.RESET:
             _reset(writer)
         return True
@@ -174,3 +177,11 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+async def _ping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    gone = asyncio.ensure_future(reader.read(1))
+    while not gone.done():
+        writer.write(b"8\r\n: ping\n\n\r\n")
+        await asyncio.wait((gone,), timeout=0.01)
+    return True

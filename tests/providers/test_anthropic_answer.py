@@ -66,7 +66,7 @@ def chunks(data: bytes) -> list[Any]:
     """Return the chunks of a whole stream, which ends as OpenAI's do."""
     *events, done, rest = data.split(b"\n\n")
     assert (done, rest) == (b"data: [DONE]", b"")
-    return [json.loads(e.removeprefix(b"data: ")) for e in events]
+    return [json.loads(e.removeprefix(b"data: ")) for e in events if not e.startswith(b":")]
 
 
 def story(*events: dict[str, Any]) -> list[Any]:
@@ -188,6 +188,11 @@ def test_an_error_without_an_envelope_is_told_with_its_status(body):
 
 
 # Streams
+
+
+def test_what_keeps_a_connection_alive_is_passed_on_as_a_comment():
+    said = translate(event(start()), event({"type": "ping"}), b": more\n\n", event(stop()), event(END))
+    assert said.count(b"\n\n: ping\n\n: ping\n\ndata: ") == 1
 
 
 def test_each_kind_of_block_is_streamed():

@@ -74,7 +74,10 @@ class Stream:
 
     def _translate(self, raw: bytes) -> Iterator[bytes]:
         data = sse.data_of(raw)
-        if self.complete or not data:
+        if self.complete:
+            return
+        if not data:
+            yield sse.PING
             return
         try:
             event = _decode(data)
@@ -82,6 +85,9 @@ class Stream:
             raise MalformedAnswer("an event is not one of Anthropic's API") from None
         if take := _TAKES.get(event.type):  # others are to come, says the reference, and are to be passed over
             yield from take(self, event)
+
+    def _ping(self, event: _Event) -> Iterator[bytes]:
+        yield sse.PING
 
     def _message_start(self, event: _Event) -> Iterator[bytes]:
         if event.message is not None:
@@ -160,6 +166,7 @@ _ERRORS = frozenset(
      "overloaded_error", "permission_error", "rate_limit_error", "timeout_error")
 )  # fmt: skip
 _TAKES: dict[str, Callable[[Stream, _Event], Iterator[bytes]]] = {
+    "ping": Stream._ping,
     "message_start": Stream._message_start,
     "content_block_start": Stream._block_start,
     "content_block_delta": Stream._block_delta,

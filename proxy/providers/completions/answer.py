@@ -79,8 +79,10 @@ class Chunks:
 
     def _translate(self, event: bytes) -> bytes:
         data = sse.data_of(event)
-        if not data or self.complete:
+        if self.complete:
             return b""
+        if not data:
+            return sse.PING
         if data == _DONE:
             self.complete = True
             return event
