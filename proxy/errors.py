@@ -115,13 +115,22 @@ class RequestError(PolyvoxError):
         self.code = code or self.code
 
     def envelope(self, *, anthropic: bool = False) -> bytes:
-        """Return the JSON body. Anthropic's clients find their `type` in it, and read the rest as well."""
-        error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        """Return the JSON body; for Anthropic's clients with their `type` and kinds of errors."""
+        kind = _ANTHROPIC.get(self.status, "api_error") if anthropic else self.type
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"type": "error", "error": error} if anthropic else {"error": error})
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers that belong to this error."""
         return [(b"retry-after", b"%d" % self.retry_after)] if self.retry_after else []
+
+
+# The types of Anthropic's errors, by status; what is not among them is an api_error.
+_ANTHROPIC = {
+    **dict.fromkeys((400, 405, 408, 409, 431), "invalid_request_error"),
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 
 
 class BadRequest(RequestError):

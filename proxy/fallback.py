@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from proxy import failures, prompts, providers, sse
+from proxy import failures, prompts, providers
 from proxy import reply as replies
 from proxy.balancer import Lease, Prompt
 from proxy.breaker import Outcome
@@ -267,7 +267,7 @@ class Walk:
         self._exchange.fail(error)  # 4
         if self._whole:
             raise error
-        return rest + sse.error_event(upstream_failure(error).envelope()), False
+        return rest + reply.error_event(upstream_failure(error)), False
 
     async def _resume(self, reply: Reply, continuation: Continuation, broken: Verdict) -> bool:
         """Have another endpoint go on with a stream, or the same after a moment; say whether one does."""

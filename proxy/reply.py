@@ -35,8 +35,6 @@ _SERVERS_OWN = frozenset(
 _RENAMED_LIMIT = 256 * 1024 * 1024  # bytes of a document that must be held whole to be changed
 _HELD_LIMIT = 1024 * 1024  # bytes of one that is held whole so that another endpoint can still answer; of any error
 _OPENING_LIMIT = 256 * 1024  # bytes of a stream that are held before its first token
-# What tells of errors as a chat does. The others have their own events for it, which pass.
-_OPENAI = frozenset(("chat", "text_completion"))
 
 Mend = Callable[["Reply", UpstreamError], Awaitable[tuple[bytes, bool]]]
 
@@ -64,9 +62,9 @@ class Reply:
     """
 
     __slots__ = (
-        "_account", "_accounts", "_awaits_token", "_exchange", "_splice", "_still_since", "_tells", "body", "change",
-        "continuation", "document", "has_moved", "headers", "is_event_stream", "mending", "opening", "patience",
-        "status",
+        "_account", "_accounts", "_awaits_token", "_exchange", "_latest", "_patience", "_splice", "_still_since",
+        "_tells", "body", "change", "continuation", "document", "has_moved", "headers", "is_event_stream", "mending",
+        "opening", "status",
     )  # fmt: skip
 
     def __init__(
@@ -93,15 +91,17 @@ class Reply:
         self._tells = b""
         # All mutable state: what there is of the answer, what another endpoint's bytes pass through, whether the first
         # token of the endpoint is still to come, and whether anything came since the answer went on there; how long its
-        # tokens may take (None: as long as its bytes), and since when what came was none (0: it was one).
+        # tokens may take (None: as long as its bytes), and since when what came was none (0: it was one);
+        # the last of it that was one.
         self.body = body
         self.document = b""
         self.opening = b""
         self._splice: Splice | None = None
         self._awaits_token = True
         self.has_moved = False
-        self.patience: Patience | None = None
+        self._patience: Patience | None = None
         self._still_since = 0.0
+        self._latest = b""
         if accounts:
             exchange.passes(account, streamed=self.is_event_stream)
 
@@ -124,6 +124,7 @@ class Reply:
             if self._accounts:
                 self._exchange.token()
         if self._tells in data:
+            self._latest = data
             self._still_since = 0.0
         else:
             self._stand_still()
@@ -133,14 +134,14 @@ class Reply:
 
     def _stand_still(self) -> None:
         """What came was no part of an answer. Raises UpstreamTimeout if nothing else came for too long."""
-        if self.patience is None:
+        if self._patience is None:
             return
-        now = self.patience.clock()
+        now = self._patience.clock()
         if not self._still_since:
             self._still_since = now
-        elif self._awaits_token and now - self._still_since > self.patience.first_token:
+        elif self._awaits_token and now - self._still_since > self._patience.first_token:
             raise FirstTokenTimeout
-        elif not self._awaits_token and now - self._still_since > self.patience.between_tokens:
+        elif not self._awaits_token and now - self._still_since > self._patience.between_tokens:
             raise BetweenBytesTimeout
 
     def end(self) -> bytes:
@@ -167,7 +168,11 @@ class Reply:
         self._exchange.fail(error)
         if not self.is_event_stream:
             raise Cut from error
-        return self._passed(self._account.broken()) + sse.error_event(error.envelope())
+        return self._passed(self._account.broken()) + self.error_event(error)
+
+    def error_event(self, error: RequestError) -> bytes:
+        """Return the event that ends a stream which cannot be finished."""
+        return sse.error_event(error, self._exchange.operation, self._latest)
 
     async def mended(self) -> AsyncIterator[bytes]:
         """Pass all that is to be sent of a body, for one who does not send it as it is."""
@@ -189,7 +194,7 @@ class Reply:
         deadline: of the first token. patience: with all that follow it.
         """
         assert self.body is not None
-        self.patience = patience
+        self._patience = patience
         async for data in self.body:
             self.opening += self.read(data)
             if not self._awaits_token or len(self.opening) > _OPENING_LIMIT:
@@ -202,7 +207,7 @@ class Reply:
     def go_on(self, answer: Answer, splice: Splice, patience: Patience, *, hide_usage: bool) -> None:
         """The rest of the stream comes from another endpoint."""
         self.body = answer
-        self.patience = patience
+        self._patience = patience
         self._still_since = 0.0
         self._splice = splice
         self._awaits_token = True
@@ -243,7 +248,7 @@ def _stream(answer: Answer, exchange: Exchange, headers: Headers, rename: str | 
     account = StreamAccount(
         hide_usage=hide_usage,
         first_token=FIRST_TOKEN.get(operation, b""),
-        errors_end=operation in _OPENAI,
+        errors_end=operation in FIRST_TOKEN,
         cost=exchange.cost if exchange.shows_cost else None,
     )
     made = Reply(exchange, answer.status, headers, account, answer)

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Callable
 
-from proxy.errors import MalformedAnswer
+import msgspec
+
+from proxy.errors import MalformedAnswer, RequestError
 
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r(?!\n)")
 PING = b": ping\n\n"  # a comment: it shows that the connection is alive, and says nothing
@@ -67,6 +69,25 @@ def data_of(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-def error_event(envelope: bytes) -> bytes:
-    """Make the event that ends a stream which cannot be finished. It is never followed by `[DONE]`."""
-    return b"data: " + envelope + b"\n\n"
+def error_event(error: RequestError, operation: str, last: bytes = b"") -> bytes:
+    """Make the event that ends a stream which cannot be finished, as its API has it. It is never followed by `[DONE]`.
+
+    operation: as telemetry names it. last: what was sent last; the events of /v1/responses are numbered.
+    """
+    if operation == "messages":
+        return b"event: error\ndata: " + error.envelope(anthropic=True) + b"\n\n"
+    if operation == "responses":
+        return b"event: error\ndata: " + _numbered(error, last) + b"\n\n"
+    return b"data: " + error.envelope() + b"\n\n"
+
+
+_NUMBER = re.compile(rb'"sequence_number"\s*:\s*(\d{1,18})')
+
+
+def _numbered(error: RequestError, last: bytes) -> bytes:
+    """Return the `error` of /v1/responses, whose fields are at the top; OpenAI's SDK looks for them in `error`."""
+    told = {"code": error.code, "message": str(error), "param": error.param}
+    number = int((_NUMBER.findall(last) or [b"-1"])[-1]) + 1
+    return msgspec.json.encode(
+        {"type": "error", "sequence_number": number, **told, "error": {"type": error.type, **told}}
+    )

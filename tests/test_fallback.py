@@ -181,6 +181,89 @@ def test_a_stream_that_cannot_go_on_ends_in_an_error_and_never_in_done(fault):
     two_models(first, streamed(*events("never")), story)
 
 
+def typed(kind: str, **fields: Any) -> bytes:
+    """An event of /v1/messages or /v1/responses."""
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), json.dumps({"type": kind, **fields}).encode())
+
+
+MESSAGE = [
+    typed("message_start", message={"id": "msg_1", "model": "m", "content": [], "usage": {"input_tokens": 1}}),
+    typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+    typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "One"}),
+]
+RESPONSE = [
+    typed("response.created", sequence_number=0, response={"id": "resp_1", "model": "m", "status": "in_progress"}),
+    typed("response.output_text.delta", sequence_number=7, delta="One"),
+]
+
+
+# What ends a stream that has been sent in part for sure; an error event may be seen before it is.
+CUT_OFF = sorted(BROKEN.keys() - {"an error event"})
+
+
+def last_event(stream: str) -> tuple[str, dict[str, Any]]:
+    name, data = stream.strip().rpartition("\n\n")[2].split("\n")
+    return name, json.loads(data.removeprefix("data: "))
+
+
+@pytest.mark.parametrize("fault", CUT_OFF)
+def test_a_broken_stream_of_messages_ends_in_an_error_of_that_api(fault):
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        body = {"model": "m", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+        answer = await proxy.client.post("/v1/messages", json=body)
+        name, told = last_event(answer.text)
+        assert (name, told["type"]) == ("event: error", "error")
+        assert told["error"]["type"] in ("api_error", "timeout_error")
+        assert answer.text.count('"error"') == 2
+        assert "message_stop" not in answer.text
+        assert "One" in answer.text
+
+    two_models([*streamed(*MESSAGE, end=False), *BROKEN[fault]], plain("never"), story)
+
+
+@pytest.mark.parametrize("fault", CUT_OFF)
+def test_a_broken_stream_of_responses_ends_in_an_error_of_that_api(fault):
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        answer = await proxy.client.post("/v1/responses", json={"model": "m", "input": "hi", "stream": True})
+        name, told = last_event(answer.text)
+        assert (name, told["type"], told["sequence_number"]) == ("event: error", "error", 8)
+        assert told["code"] in ("upstream_error", "upstream_timeout")
+        assert told["error"]["message"] == told["message"]  # OpenAI's SDK raises it
+        assert "response.completed" not in answer.text
+        assert "One" in answer.text
+
+    two_models([*streamed(*RESPONSE, end=False), *BROKEN[fault]], plain("never"), story)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_an_error_told_at_first_by_a_stream_of_another_api_is_answered_elsewhere(path):
+    whole = {
+        "/v1/messages": [*MESSAGE, typed("message_delta", delta={"stop_reason": "end_turn"}), typed("message_stop")],
+        "/v1/responses": [*RESPONSE, typed("response.completed", response={"id": "resp_1", "status": "completed"})],
+    }[path]
+    overloaded = typed("error", error={"type": "overloaded_error", "message": "Overloaded"})
+
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        body = {"model": "m", "input": "hi", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+        answer = await proxy.client.post(path, json=body)
+        assert answer.headers["x-polyvox-model"] == "n"
+        assert "Overloaded" not in answer.text
+        assert "One" in answer.text
+
+    two_models(streamed(overloaded), streamed(*whole), story)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(b"404 No", "not_found_error"), (b"500 Oh", "api_error"), (b"529 No", "overloaded_error")]
+)
+def test_errors_of_messages_have_the_types_of_that_api(status, kind):
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        answer = await proxy.client.post("/v1/messages", json={"model": "m", "messages": []})
+        assert (answer.json()["type"], answer.json()["error"]["type"]) == ("error", kind)
+
+    two_models([ok(b"{}", JSON, status=status)], [ok(b"{}", JSON, status=status)], story)
+
+
 def test_a_chat_is_not_resumed_where_an_endpoint_cannot_continue():
     async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
         answer = await proxy.ask("m", stream=True)

@@ -90,7 +90,7 @@ def live(flight: Flight, wanted: Wanted, *, leads: bool) -> Reply:
 
     async def end(reply: Reply, error: UpstreamError) -> tuple[bytes, bool]:
         exchange.fail(error)
-        return reply.broken(error) + sse.error_event(upstream_failure(error).envelope()), False
+        return reply.broken(error) + reply.error_event(upstream_failure(error)), False
 
     reply.mending = end
     return reply
