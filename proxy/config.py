@@ -531,18 +531,25 @@ def _make_secret(kind: type, value: object) -> Secret:
     if kind is ApiKey:
         return _make_key(value)
     if kind is Secret and isinstance(value, str) and value:
-        return Secret(value)
+        return Secret(_one_line(value))
     raise ValueError("Expected a non-empty `str`; quote it if it is a number")
 
 
 def _make_key(value: object) -> ApiKey:
     if isinstance(value, str) and value:
-        return ApiKey(value)
+        return ApiKey(_one_line(value))
     try:
         limited = msgspec.convert(value, _LimitedKey)
     except msgspec.ValidationError:
         raise ValueError("Expected a non-empty `str`, or {key: ..., models: [...]} with both") from None
-    return ApiKey(limited.key, limited.models)
+    return ApiKey(_one_line(limited.key), limited.models)
+
+
+def _one_line(secret: str) -> str:
+    """Refuse what no header can carry: mostly the line break at the end of the file that a key is kept in."""
+    if secret != secret.strip() or not secret.isprintable():
+        raise ValueError("Expected one line, without a line break or space before or behind it")
+    return secret
 
 
 def _write_secret(secret: Secret) -> str | _LimitedKey:
@@ -665,7 +672,7 @@ def _check_task(task: str, config: Config, path: tuple[str | int, ...], source: 
     known = tasks.names(config.tasks)
     if task not in known:
         near = difflib.get_close_matches(task, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(known)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(known)}."
         raise source.error(path, f"there is no task {task!r}; {hint} New ones are made by patterns under `tasks`")
 
 

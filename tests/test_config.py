@@ -210,6 +210,23 @@ models:
     assert "${REVISION}" in shown
 
 
+@pytest.mark.parametrize("key", ["s3cret\n", " s3cret", "s3\ncret", "s3cret\0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "server:\n  api_keys: [KEY]",
+        "server:\n  admin_keys: [KEY]",
+        "server:\n  api_keys: [{key: KEY, models: [auto]}]",
+        "models:\n  m: {endpoints: [{base_url: 'http://x/v1', api_key: KEY}]}",
+    ],
+)
+def test_a_key_that_no_header_can_carry_is_refused_and_not_repeated(refusal, text, key):
+    error = refusal(text.replace("KEY", '"${TOKEN}"'), TOKEN=key)
+    assert ":2: " in error
+    assert "line break" in error
+    assert "cret" not in error
+
+
 def test_a_bad_value_that_may_be_a_secret_is_not_repeated(refusal):
     assert "hush" not in refusal("server:\n  api_keys: [[hush]]\n")
     assert "hush" not in refusal('server:\n  port: "${P}"\n', P="hush")
