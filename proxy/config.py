@@ -343,12 +343,14 @@ class _Source:
     def parse(self, text: str) -> dict[str, Any]:
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
+            data = {} if root is None else self._plain(root, ())
         except yaml.MarkedYAMLError as e:
             line = e.problem_mark.line + 1 if e.problem_mark else 1
             raise ConfigError(f"{self.name}:{line}: not valid YAML: {e.problem}") from None
         except yaml.YAMLError as e:
             raise ConfigError(f"{self.name}: not valid YAML: {e}") from None
-        data = {} if root is None else self._plain(root, ())
+        except RecursionError:
+            raise ConfigError(f"{self.name}:1: it is nested too deeply, or holds itself") from None
         if not isinstance(data, dict):
             raise ConfigError(f"{self.name}:1: expected a mapping with server, models and aliases")
         return data
@@ -367,14 +369,19 @@ class _Source:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, (*path, i)) for i, item in enumerate(node.value)]
-        value = _SCALARS.construct_object(node)
+        try:
+            value = _SCALARS.construct_object(node)
+        except (ValueError, KeyError) as e:  # a date that there is not, or a tag that does not fit
+            raise self.error(path, f"{e}; quote it if it is text") from None
         return self._expand(value, path) if isinstance(value, str) else value
 
     def _mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{self.name}:{line}: {dotted(path)}: a key is a word, not a list or a mapping")
+            key = str(key_node.value)
             if key in result:
                 first = self.lines[(*path, key)]
                 what = "two models of one name" if path == ("models",) else "the key is there twice"
@@ -798,7 +805,7 @@ def wrong_with_url(url: str) -> str | None:
     """Return what is wrong with the URL of an endpoint, None for nothing."""
     try:
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", url)
     except ValueError:
         valid = False
     if not valid:

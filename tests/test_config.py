@@ -138,6 +138,13 @@ def test_a_remote_model_gives_no_engine(load):
         ("models: [a]\n", 1, ["models", "mapping"]),
         ("models: {\n", 2, ["not valid YAML"]),
         ("- a\n", 1, ["mapping"]),
+        ("models: &it\n  a: *it\n", 1, ["holds itself"]),
+        ("[" * 10_000, 1, ["nested too deeply"]),
+        ("\naliases: {a: !!python/name:os.system x}\n", 2, ["not valid YAML", "python/name:os.system"]),
+        ("aliases:\n  a: 2026-13-45\n", 2, ["aliases.a", "quote it"]),
+        ("aliases:\n  a: !!bool x\n", 2, ["aliases.a", "quote it"]),
+        ("aliases:\n  ? [a]\n  : b\n", 2, ["aliases", "a key is a word"]),
+        ("models:\n  a: {endpoints: [{base_url: 'http://x y/'}]}\n", 2, ["base_url", "expected http://HOST"]),
     ],
 )
 def test_a_mistake_is_refused_with_file_line_key_and_remedy(refusal, text, line, said):
