@@ -92,7 +92,7 @@ async def _serve(
 
     # A second SIGTERM changes nothing: whoever stops a whole process group sends one beside the parent's.
     loop.add_signal_handler(signal.SIGTERM, stop)
-    loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C reaches the whole group; the parent decides
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # the parent decides
     beside = asyncio.create_task(following)
     sweeping = asyncio.create_task(inbound.sweep_for_ever(server.server_state.connections, settings))
     _spare_the_collector()

@@ -172,8 +172,9 @@ class Workers:
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "proxy.worker", stdin=theirs.fileno(), pass_fds=self._descriptors()
-            )
+                sys.executable, "-m", "proxy.worker", stdin=theirs.fileno(), pass_fds=self._descriptors(),
+                start_new_session=True,  # Ctrl-C is for us, who end it when its requests are answered
+            )  # fmt: skip
         line = await asyncio.open_unix_connection(sock=ours)
         worker = _Worker(process, line, self._orders(number))
         self._running.add(worker)

@@ -1,6 +1,7 @@
 """`polyvox serve` as its users meet it: real processes and sockets, simulator engines, the OpenAI SDK."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -362,6 +363,13 @@ def test_a_hundred_clients_are_served_at_once(http: httpx2.Client, server: Serve
 
 
 # Workers
+
+
+def test_ctrl_c_on_a_terminal_reaches_the_parent_alone(server: Server):
+    ours = os.getpgid(server.process.pid)
+    children = server.process.children()
+    assert len(children) > 2
+    assert [command(p) for p in children if os.getpgid(p.pid) == ours] == []
 
 
 def test_a_worker_that_dies_is_replaced_and_engines_do_not_notice(server: Server, http: httpx2.Client):
