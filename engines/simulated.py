@@ -475,6 +475,9 @@ def decoded(body: bytes) -> Document:
 
 
 def _check_length(prompt_tokens: int, limit: int | None, length: int) -> None:
+    if limit is not None and limit < 0:
+        text = f"max_tokens must be at least 1, got {limit}. (parameter=max_tokens, value={limit})"
+        raise Refusal(400, "BadRequestError", text, "max_tokens")
     if limit is not None and limit > length:
         text = f"max_tokens={limit} cannot be greater than max_model_len={length}. Please request fewer output tokens."
         raise Refusal(400, "BadRequestError", f"{text} (parameter=max_tokens, value={limit})", "max_tokens")

@@ -28,14 +28,14 @@ _ERROR_AT: Final = {name: _FAILURES + i for i, name in enumerate(ERROR_TYPES)}
 class Condition(msgspec.Struct, frozen=True):
     """How an endpoint is: the number of workers whose breaker is in each state, all of them together.
 
-    until: when the first of the open ones tries it again, by the monotonic clock; 0 if none is open. opened: how often
+    next_trial: seconds until the first of the open ones tries it again, None if none is open. opened: how often
     breakers did. failed: attempts that did.
     """
 
     model: str
     endpoint: str
     workers: dict[str, int]
-    until: float
+    next_trial: float | None
     opened: int
     failed: int
 
@@ -87,18 +87,19 @@ def throughput(parts: Sequence["memoryview[float]"], at: int) -> tuple[float, fl
     return _sum(parts, at + _BUSY), _sum(parts, at + _WORK)
 
 
-def conditions(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int]) -> list[Condition]:
-    """Read how each endpoint is, from the parts of all workers."""
-    return [_condition(parts, key, at) for key, at in rows.items()]
+def conditions(parts: Sequence["memoryview[float]"], rows: Mapping[Key, int], now: float) -> list[Condition]:
+    """Read how each endpoint is, from the parts of all workers. now: by the monotonic clock."""
+    return [_condition(parts, key, at, now) for key, at in rows.items()]
 
 
-def _condition(parts: Sequence["memoryview[float]"], key: Key, at: int) -> Condition:
+def _condition(parts: Sequence["memoryview[float]"], key: Key, at: int, now: float) -> Condition:
     states = [STATES[int(part[at + _STATE])] for part in parts]
     ends = [part[at + _UNTIL] for part in parts if part[at + _UNTIL]]
     opened = sum(part[at + _CHANGES + STATES.index("open")] for part in parts)
     failed = sum(sum(part[at + _FAILURES : at + WIDTH]) for part in parts)
     workers = {state: states.count(state) for state in STATES}
-    return Condition(*key, workers, min(ends, default=0.0), int(opened), int(failed))
+    next_trial = max(0.0, min(ends) - now) if ends else None
+    return Condition(*key, workers, next_trial, int(opened), int(failed))
 
 
 def families(
@@ -121,7 +122,7 @@ def families(
         labels=(*labels, "error_type"),
     )  # fmt: skip
     rows = {key: at for key, at in rows.items() if key in current or _has_counted(parts, at)}
-    for found in conditions(parts, {key: at for key, at in rows.items() if key in current}):
+    for found in conditions(parts, {key: at for key, at in rows.items() if key in current}, 0.0):
         for state, count in found.workers.items():
             breakers.add_metric((found.model, found.endpoint, state), count)
     for key, at in rows.items():

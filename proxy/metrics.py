@@ -277,7 +277,7 @@ def conditions(slots: Slots, workers: int, memory: int) -> list[figures.Conditio
     """Return how each endpoint is, from the memory of a running server's workers, of which nothing is changed."""
     layout, shown = Layout(slots.given, workers), _keys(slots)
     parts = _parts(Shared(memory).doubles(layout.size), workers)
-    return figures.conditions(parts, {key: at for key, at in layout.rows.items() if key in shown})
+    return figures.conditions(parts, {key: at for key, at in layout.rows.items() if key in shown}, time.monotonic())
 
 
 def _keys(slots: Slots) -> frozenset[figures.Key]:

@@ -143,6 +143,7 @@ def test_the_command_lists_every_endpoint_with_its_breaker(server: Server):
     assert [c["endpoint"] for c in listed] == ["twice/0", "twice/1", "cloud/0", "alone/0"]
     assert all(sum(c["workers"].values()) == 2 for c in listed)
     assert sum(c["failed"] for c in listed if c["model"] == "twice") > 0
+    assert all((c["next_trial"] is None) == (c["workers"]["open"] == 0) for c in listed)
     table = polyvox()
     assert re.search(r"^ENDPOINT +BREAKER +NEXT TRIAL +OPENED +FAILED", table)
     assert re.search(r"^alone/0 +closed +- +0 +1 *$", table, re.MULTILINE)

@@ -37,13 +37,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 def show_endpoints(report: bytes) -> None:
     """Print what the workers of a server say of its endpoints: figures.Condition for each, as JSON."""
     rows = [
-        (
-            c.endpoint,
-            _breaker(c),
-            f"{max(0.0, c.until - time.monotonic()):.0f} s" if c.until else None,
-            c.opened,
-            c.failed,
-        )
+        (c.endpoint, _breaker(c), None if c.next_trial is None else f"{c.next_trial:.0f} s", c.opened, c.failed)
         for c in msgspec.json.decode(report, type=list[Condition])
     ]
     print_table(("ENDPOINT", "BREAKER", "NEXT TRIAL", "OPENED", "FAILED"), rows)

@@ -244,6 +244,7 @@ def test_a_transcription_says_how_large_the_file_was(quick: Engine) -> None:
         ("/v1/chat/completions", {**HI, "messages": "hi"}, 400, "Bad Request", "body.messages"),
         ("/v1/chat/completions", {**HI, "max_tokens": "x"}, 400, "Bad Request", "body.max_tokens"),
         ("/v1/chat/completions", {**HI, "max_tokens": 101}, 400, "BadRequestError", "max_tokens"),
+        ("/v1/chat/completions", {**HI, "max_tokens": -1}, 400, "BadRequestError", "max_tokens"),
         ("/v1/completions", {"prompt": "a " * 100}, 400, "BadRequestError", "input_tokens"),
         ("/v1/completions", {"model": "sim"}, 400, "BadRequestError", "prompt"),
         ("/v1/responses", {"model": "sim"}, 400, "Bad Request", "body.input"),

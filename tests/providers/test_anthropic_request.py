@@ -145,6 +145,17 @@ def test_what_cannot_be_expressed_is_refused_by_name(said, field):
     assert error.status == 400
 
 
+@pytest.mark.parametrize(
+    ("said", "allowed"),
+    [
+        ({"service_tier": "flex"}, "auto, default"),
+        ({"messages": [{"role": "function"}]}, "assistant, developer, system"),
+    ],
+)
+def test_a_word_that_there_is_not_is_refused_with_those_that_there_are(said, allowed):
+    assert f"is none of {allowed}" in str(refusal(**said))
+
+
 KEYS = st.sampled_from(
     ("role", "content", "type", "text", "image_url", "url", "file", "file_data", "tool_calls", "id", "function", "name",
      "arguments", "tool_call_id", "thinking_blocks", "cache_control", "parameters", "json_schema", "schema")

@@ -5,7 +5,6 @@
 3. Whatever else is refused by name, unless its value says nothing (null, or the default).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -14,6 +13,7 @@ from msgspec import Meta
 
 from proxy import wire
 from proxy.errors import BadRequest
+from proxy.mistakes import dotted, located
 from proxy.providers.anthropic.content import ABSENT, ChatMessage, Turn, given, turns, unsupported
 
 _TRANSLATED = frozenset(
@@ -113,7 +113,7 @@ def messages_request(body: bytes, model: str, options: Options) -> bytes:
     try:
         chat = _chat(body)
     except msgspec.ValidationError as e:
-        raise _invalid(str(e)) from None
+        raise _invalid(e) from None
     system, messages = turns(chat.messages)
     _check_last(messages, options)
     most = chat.max_completion_tokens or chat.max_tokens or options.max_tokens
@@ -148,14 +148,10 @@ def _check_fields(fields: Mapping[str, msgspec.Raw]) -> None:
             raise unsupported(name, "has no counterpart there")
 
 
-_AT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<where>.*)`)?", re.DOTALL)
-
-
-def _invalid(error: str) -> BadRequest:
-    match = _AT.fullmatch(error)
-    assert match
-    where = match["where"] or "messages"
-    return BadRequest(f"{where}: {match['what'][0].lower()}{match['what'][1:]}", param=where)
+def _invalid(error: msgspec.ValidationError) -> BadRequest:
+    path, said = located(error, _Chat)
+    where = dotted(path) or "messages"
+    return BadRequest(f"{where}: {said}", param=where)
 
 
 def _check_last(messages: list[Turn], options: Options) -> None:
