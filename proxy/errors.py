@@ -514,12 +514,12 @@ class TruncatedAnswer(UpstreamError):
 
 
 class ErrorEvent(UpstreamError):
-    """The endpoint ended its stream with an event that tells of an error.
+    """The endpoint ended its stream with an event that tells of an error, or sent such a document with status 200.
 
-    document: the JSON of the event. before: what may still be sent of the bytes that it came with.
+    document: its JSON. before: what may still be sent of the bytes that it came with.
     """
 
-    summary = "the upstream failed in the middle of its answer"
+    summary = "the upstream told of an error in its answer"
 
     def __init__(self, document: bytes) -> None:
         super().__init__()

@@ -106,6 +106,16 @@ class Walk:
 
     async def _attempt(self, place: Place) -> Reply:
         """Return an answer that may be sent. Raises UpstreamError or RequestError where there is none."""
+        try:
+            return await self._reply(place)
+        except ErrorEvent as error:
+            if (status := failures.status_of(error)) is None:
+                raise
+            assert self._endpoint
+            return replies.refusal(status, failures.masked(error.document, self._endpoint), self._exchange)
+
+    async def _reply(self, place: Place) -> Reply:
+        """Raises ErrorEvent for an error inside of a 200."""
         started = self._ways.endpoints.clock()
         answer, endpoint, hide_usage = await self._send(place, self._asked)
         renamed = endpoint.base_path is not None or self._asked.envelope.model != endpoint.serves
@@ -119,13 +129,8 @@ class Walk:
             return reply
         if self._route.leads_elsewhere(place.model):
             reply.continuation = Continuation.of(self._asked.path, self._asked.envelope.fields)
-        try:
-            patience = self._patience(place.model)
-            await reply.open(started + patience.first_token, patience)
-        except ErrorEvent as error:
-            if (status := failures.status_of(error)) is None:
-                raise
-            return replies.refusal(status, failures.masked(error.document, endpoint), self._exchange)
+        patience = self._patience(place.model)
+        await reply.open(started + patience.first_token, patience)
         return reply
 
     async def _send(self, place: Place, asked: Asked) -> tuple[Answer, Endpoint, bool]:

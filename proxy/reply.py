@@ -230,6 +230,8 @@ class Reply:
 async def reply(answer: Answer, exchange: Exchange, rename: str | None, *, hide_usage: bool = False) -> Reply:
     """Make the reply to a client. Raises UpstreamError where that takes the whole document, and it does not come.
 
+    A document with `error` instead of an answer is an error as well, whatever its status: some routers send such.
+
     rename: the `model` to write into the answer, None to leave it alone. hide_usage: a stream says what it used only
     because we asked. Without either every byte passes as it came: of an event stream event by event, and of a document
     when it is whole, or of a large one that needs no change as it comes.
@@ -273,6 +275,8 @@ async def _document(
         raise MalformedAnswer("it says that it is JSON and is not")
     account.feed(document)
     account.end()
+    if account.tally.failed and account.tally.finish_reason is None:
+        raise ErrorEvent(document)
     if rename is not None:
         renamed = wire.set_model(document, rename)
         if renamed is not document:

@@ -108,6 +108,7 @@ OF_DOCUMENTS: dict[str, Play] = {
     "half of the answer": [ok(document("x"), JSON)[:-9], Step.CLOSE],
     "an end without anything": [ok(b"", JSON)],
     "an answer that is none": [ok(b"<html>no</html>", JSON)],
+    "an error inside a 200": [ok(b'{"error":{"message":"boom","code":500}}', JSON)],
     "silence without saying what comes": [b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n", Step.STALL],
 }
 BEFORE_ANYTHING = [
@@ -399,13 +400,26 @@ def test_a_client_error_goes_straight_back():
     two_models([ok(refusal, JSON, status=b"400 Bad")], plain("never"), story)
 
 
-def test_a_client_error_told_in_a_stream_at_first_is_an_error_with_its_status():
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_error_told_inside_of_a_200_is_an_error_with_its_status(stream):
+    told = b'{"error":{"message":"no","code":422}}'
+
     async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
-        answer = await proxy.ask(stream=True)
+        answer = await proxy.ask(stream=stream)
         assert (answer.status_code, answer.json()["error"]["message"]) == (422, "no")
         assert b.requests == []
 
-    two_models(streamed(b'data: {"error":{"message":"no","code":422}}\n\n', DONE), plain("never"), story)
+    two_models(streamed(b"data: %b\n\n" % told, DONE) if stream else [ok(told, JSON)], plain("never"), story)
+
+
+def test_a_response_that_failed_passes_as_it_is():
+    told = {"id": "resp_1", "object": "response", "status": "failed", "error": {"code": "x", "message": "no"}}
+
+    async def story(proxy: Proxy, a: ScriptedUpstream, b: ScriptedUpstream) -> None:
+        answer = await proxy.client.post("/v1/responses", json={"model": "m", "input": "hi"})
+        assert (answer.status_code, answer.json()) == (200, told)
+
+    two_models([ok(json.dumps(told).encode(), JSON)], plain("never"), story)
 
 
 @pytest.mark.parametrize("stream", [True, False])
