@@ -178,15 +178,20 @@ def _tools(name: str, value: bytes, limits: Limits) -> None:
             _size("schema_bytes")(name, bytes(tool), limits)
 
 
-_REPEAT = re.compile(r"\{\s*\d*\s*,?\s*(\d+)\s*\}")
+_COUNTS = re.compile(r"\{([\s\d,]*)\}")  # one class alone: parts that overlap take the cube of the length
+_COUNT = re.compile(r"\d+")
 _MOST_REPEATS = 10_000
 
 
 def _regex(name: str, value: bytes, limits: Limits) -> None:
     """A short expression with a large {count} is unrolled into a large automaton, so counts have a limit too."""
     _size("regex_chars")(name, value, limits)
-    if value[:1] == b'"' and any(int(m[1]) > _MOST_REPEATS for m in _REPEAT.finditer(_text(value))):
+    if value[:1] == b'"' and any(_is_too_many(n) for m in _COUNTS.finditer(_text(value)) for n in _COUNT.findall(m[1])):
         raise BadRequest(f"{name}: a repetition of more than {_MOST_REPEATS} times.", param=name, code="limit_exceeded")
+
+
+def _is_too_many(count: str) -> bool:
+    return len(count) > len(str(_MOST_REPEATS)) or int(count) > _MOST_REPEATS
 
 
 def _choice(name: str, value: bytes, limits: Limits) -> None:

@@ -148,7 +148,9 @@ def replace_fields(document: bytes, values: Mapping[str, Any]) -> bytes:
 # Multipart forms: /v1/audio/*
 
 _BOUNDARY = re.compile(rb'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
-_PART_NAME = re.compile(rb'content-disposition:[^\r\n]*[;\s]name="?(?P<name>[^";\r\n]*)"?', re.IGNORECASE)
+# In two steps, each bound to one place of its line: a search that may begin anywhere takes the square of the time.
+_DISPOSITION = re.compile(rb"\r\ncontent-disposition:([^\r\n]*)", re.IGNORECASE)
+_PART_NAME = re.compile(rb'[;\s]name="?([^";]*)"?', re.IGNORECASE)
 
 
 def read_form(body: bytes, content_type: bytes) -> Envelope:
@@ -177,9 +179,11 @@ def _as_json(form: Mapping[bytes, bytes]) -> dict[str, msgspec.Raw]:
 def set_form_model(body: bytes, content_type: bytes, name: str) -> bytes:
     """Return a multipart body with every `model` field replaced."""
     spans = [(start, end) for field, start, end in _form_fields(body, content_type) if field == b"model"]
-    for start, end in reversed(spans):
-        body = body[:start] + name.encode() + body[end:]
-    return body
+    parts, at = [], 0
+    for start, end in spans:
+        parts += (body[at:start], name.encode())
+        at = end
+    return b"".join((*parts, body[at:]))
 
 
 def _form_fields(body: bytes, content_type: bytes) -> list[tuple[bytes, int, int]]:
@@ -194,9 +198,9 @@ def _form_fields(body: bytes, content_type: bytes) -> list[tuple[bytes, int, int
         end = body.find(b"\r\n" + mark, head_end)
         if head_end < 0 or end < 0:
             raise BadRequest("the multipart body ends before its last boundary")
-        name = _PART_NAME.search(body, at, head_end)
-        if name:
-            fields.append((name["name"], head_end + 4, end))
+        disposition = _DISPOSITION.search(body, at, head_end)
+        if disposition and (name := _PART_NAME.search(disposition[1])):
+            fields.append((name[1], head_end + 4, end))
         at = end + 2
     if at < 0:
         raise BadRequest("the multipart body does not contain its boundary")

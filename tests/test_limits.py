@@ -87,8 +87,15 @@ def test_the_last_of_two_equal_fields_counts_as_it_does_for_the_engine():
         limits.check(CHAT, body, wire.read_json(body).fields, SMALL)
 
 
-def test_a_regex_with_a_huge_repetition_is_refused():
-    assert "repetition" in str(refusal({"guided_regex": "(a{3,99999})"}))
+@pytest.mark.parametrize("count", ["3,99999", "99999", "99999,", " 99999 ", "3 , 99999", "1" * 5000])
+def test_a_regex_with_a_huge_repetition_is_refused(count):
+    with pytest.raises(BadRequest, match="repetition"):
+        check({"guided_regex": f"(a{{{count}}})"}, most=Limits(regex_chars=8192))
+
+
+@pytest.mark.parametrize("text", ["{" + " " * 8000, "{ " * 4000, "{" + "1 " * 4000, "{" + "," * 8000, "{9999}"])
+def test_a_regex_is_read_once_whatever_it_holds(text):
+    check({"guided_regex": text}, most=Limits(regex_chars=16384))
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,23 @@ def test_setting_the_model_of_a_form_keeps_the_file(content, new):
 def test_a_form_that_cannot_be_routed_is_refused(body, content_type, said):
     with pytest.raises(BadRequest, match=said):
         wire.read_form(body, content_type)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\r\n" + b"content-disposition:" * 100_000,
+        b"\r\ncontent-disposition:" * 100_000,
+        b"\r\ncontent-disposition:" + b"; name" * 300_000,
+    ],
+)
+def test_the_head_of_a_part_is_read_once_however_long_it_is(head):
+    body = b"--XyZ%b\r\n\r\nx\r\n--XyZ--\r\n" % head
+    with pytest.raises(BadRequest, match="model"):
+        wire.read_form(body, BOUNDARY)
+
+
+def test_every_model_of_a_form_is_set():
+    fields = [(b"model", b"a"), (b"file", b"x")] * 20_000
+    changed = wire.set_form_model(form(*fields), BOUNDARY, "bcd")
+    assert changed == form(*[(b"model", b"bcd"), (b"file", b"x")] * 20_000)

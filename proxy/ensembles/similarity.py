@@ -32,11 +32,12 @@ _MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"  # that stand in
 _WORD = re.compile(rf"[{_DENSE}]+|(?:[^\W_{_DENSE}]|[{_MARKS}'])+(?:\.\d+)?|[=+/^<>≤≥≠≈±×÷%]+|[\U0001f300-\U0001faff]")
 _IS_DENSE = re.compile(rf"[{_DENSE}]").match
 _DASH_OF_NUMBERS = re.compile(r"(?<=[\d)])\s?-\s?(?=[\d(])")
-_MARKUP = re.compile(r"^\s*(?:[-*+>]|#{1,6}|\d+[.)])\s+|[*_`]{1,3}|[|]|-{3,}", re.MULTILINE)
+# A line's white space is that before its first word, not all lines before it: those would be read once for each of them.
+_MARKUP = re.compile(r"^[^\S\n]*(?:[-*+>]|#{1,6}|\d+[.)])\s+|[*_`]{1,3}|[|]|-{3,}", re.MULTILINE)
 
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _STATEMENT = re.compile(
-    r"^\s*(?:(?:async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[:({]|from\s+\S+\s+import\s|import\s+[\w.]+|#include\b|"
+    r"^[^\S\n]*(?:(?:async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[:({]|from\s+\S+\s+import\s|import\s+[\w.]+|#include\b|"
     r"(?:pub\s+)?fn\s+\w+|func\s+\w+\s*\(|function\s*\w*\s*\(|(?:const|let|var)\s+\w+\s*=|return\s+[^.]*$|"
     r"(?:public|private|static)\s+\w+|SELECT\s.+\sFROM\s|[^\n]*[;{}]\s*$)",
     re.MULTILINE,

@@ -38,7 +38,7 @@ _TOKEN = re.compile(rf"[^\W\d_{_CJK}]+|[{_CJK}]|[^\s\w]|\d|_+")
 
 _OPERATORS = frozenset("=+*/^<>|%≤≥≠≈±×÷∑∏∫√∂∞")
 _BRACKETS = frozenset("{}[]\\`;#$()")
-_DEFINITION = re.compile(r"^\s*(?:def|class|import|from|function|public|#include|select|fn|func)\b", re.M | re.I)
+_DEFINITION = re.compile(r"^[^\S\n]*(?:def|class|import|from|function|public|#include|select|fn|func)\b", re.M | re.I)
 
 SHAPE = ("numbers", "number share", "operators", "brackets", "latex", "definition", "long words", "question", "commas",
          "blank", "length")  # fmt: skip
