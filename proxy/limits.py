@@ -68,12 +68,39 @@ def check(path: str, body: bytes, fields: Fields, limits: Limits) -> None:
         raise BadRequest(f"The body is nested too deeply; {_at_most(limits.depth, 'depth')}.", code="json_too_deep")
 
 
-def deeper_than(document: bytes, depth: int) -> bool:
-    """Say whether a valid JSON document has more than `depth` objects and arrays inside one another."""
+_LOOKS = 2  # levels at which values are looked at one by one; most have few brackets, and are done with
+
+
+def deeper_than(document: bytes, depth: int, looks: int = _LOOKS) -> bool:
+    """Say whether a valid JSON document has more than `depth` objects and arrays inside one another.
+
+    Its values are looked at one by one, and theirs, for so many levels; below, brackets are counted, since to look at
+    each level of a deep document would take the square of its length.
+    """
     first = document.lstrip()[:1]
     if first not in (b"{", b"[") or _openings(document, depth) <= depth:
         return False
-    return depth == 0 or any(deeper_than(bytes(inner), depth - 1) for inner in _inside(document))
+    if depth == 0 or not looks:
+        return _are_deeper(_brackets(document), depth)
+    return any(deeper_than(bytes(inner), depth - 1, looks - 1) for inner in _inside(document))
+
+
+def _are_deeper(brackets: bytes, depth: int) -> bool:
+    """Take the innermost pairs away, `depth` times, and say whether any are left."""
+    for _ in range(depth):
+        brackets = brackets.replace(b"[]", b"")
+    return bool(brackets)
+
+
+_TO_SQUARE = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _brackets(document: bytes) -> bytes:
+    """Return the brackets of a document, those in its strings left out, and all of one kind."""
+    if b"\\" in document:
+        document = document.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return b"".join(document.split(b'"')[::2]).translate(_TO_SQUARE, _NO_BRACKETS)
 
 
 def _openings(document: bytes, enough: int) -> int:
