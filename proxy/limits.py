@@ -4,8 +4,10 @@ A field that is not there costs nothing, and a value is decoded only where its b
 list takes two bytes at least, and a document is as deep as it has opening brackets at most.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
+from operator import sub
 from typing import Annotated
 
 import msgspec
@@ -81,15 +83,13 @@ def deeper_than(document: bytes, depth: int, looks: int = _LOOKS) -> bool:
     if first not in (b"{", b"[") or _openings(document, depth) <= depth:
         return False
     if depth == 0 or not looks:
-        return _are_deeper(_brackets(document), depth)
+        return _depth(_brackets(document)) > depth
     return any(deeper_than(bytes(inner), depth - 1, looks - 1) for inner in _inside(document))
 
 
-def _are_deeper(brackets: bytes, depth: int) -> bool:
-    """Take the innermost pairs away, `depth` times, and say whether any are left."""
-    for _ in range(depth):
-        brackets = brackets.replace(b"[]", b"")
-    return bool(brackets)
+def _depth(brackets: bytes) -> int:
+    """Return how deep they go. An opening one is 91, a closing one 93, so each is one off 92, up or down."""
+    return max(map(sub, itertools.count(92, 92), itertools.accumulate(brackets)), default=0)
 
 
 _TO_SQUARE = bytes.maketrans(b"{}", b"[]")

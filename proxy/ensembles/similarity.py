@@ -32,7 +32,7 @@ _MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"  # that stand in
 _WORD = re.compile(rf"[{_DENSE}]+|(?:[^\W_{_DENSE}]|[{_MARKS}'])+(?:\.\d+)?|[=+/^<>≤≥≠≈±×÷%]+|[\U0001f300-\U0001faff]")
 _IS_DENSE = re.compile(rf"[{_DENSE}]").match
 _DASH_OF_NUMBERS = re.compile(r"(?<=[\d)])\s?-\s?(?=[\d(])")
-# A line's white space is that before its first word, not all lines before it: those would be read once for each of them.
+# What a line begins with is not looked for behind the lines before it: each of those would be read again for each.
 _MARKUP = re.compile(r"^[^\S\n]*(?:[-*+>]|#{1,6}|\d+[.)])\s+|[*_`]{1,3}|[|]|-{3,}", re.MULTILINE)
 
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
