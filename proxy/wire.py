@@ -179,7 +179,8 @@ def _as_json(form: Mapping[bytes, bytes]) -> dict[str, msgspec.Raw]:
 def set_form_model(body: bytes, content_type: bytes, name: str) -> bytes:
     """Return a multipart body with every `model` field replaced."""
     spans = [(start, end) for field, start, end in _form_fields(body, content_type) if field == b"model"]
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     for start, end in spans:
         parts += (body[at:start], name.encode())
         at = end
