@@ -69,8 +69,8 @@ class Exchange:
         # What the cache did for it, and which endpoint had given the answer that it got from there:
         self.cache = ""
         self.source = ""
-        # When it came, was last sent to an endpoint, and had its first token; the seconds that we took, and the start of
-        # the next of them:
+        # When it came, was last sent to an endpoint, and had its first token; the seconds that we took, and the start
+        # of the next of them:
         self._begun = self._sent = self._mark = clock()
         self._first: float | None = None
         self._overhead = 0.0

@@ -232,6 +232,28 @@ def test_requirements_hold_for_a_model_that_is_asked_for_by_name_as_well() -> No
     tell(story)
 
 
+@pytest.mark.parametrize("name", ["large", "large-too"])
+def test_headers_hold_for_a_model_that_is_asked_for_by_name_as_well(name: str) -> None:
+    async def story(proxy: Proxy, upstreams: Upstreams) -> None:
+        body = {"model": name, "messages": asks("hi")}
+        refused = await proxy.client.post("/v1/chat/completions", json=body, headers={"x-polyvox-region": "eu"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_suitable_model")
+        assert not upstreams["large"].requests
+        answer = await proxy.client.post("/v1/chat/completions", json=body, headers={"x-polyvox-explain": "1"})
+        assert [c["model"] for c in json.loads(answer.headers["x-polyvox-route"])["candidates"]] == ["large"]
+
+    tell(story, aliases={"large-too": "large"})
+
+
+def test_where_only_a_chain_suits_the_reason_says_so() -> None:
+    async def story(proxy: Proxy, upstreams: Upstreams) -> None:
+        why = await explained(proxy, model="large", prompt="hi", routing={"requirements": {"region": "eu"}})
+        assert why["model"] == "middle"
+        assert why["reason"].endswith("none of the candidates can serve it, middle stands in")
+
+    tell(story, fallbacks={"large": ("middle",)})
+
+
 @pytest.mark.parametrize("routing", [{"complexty": 1}, {"task_type": "lgal"}, 5, {"complexity": "hard"}])
 def test_wishes_that_are_none_are_refused_by_field(routing: Any) -> None:
     async def story(proxy: Proxy, upstreams: Upstreams) -> None:

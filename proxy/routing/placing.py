@@ -53,13 +53,13 @@ class Placing:
         target: what the name stands for. only: the models that its key may have, None for all.
 
         1. Put a preset in.
-        2. A model answers by itself, as long as nothing is demanded of it.
+        2. A model answers by itself, as long as nothing is demanded of it, or asked about it.
         3. The router chooses.
         """
         if isinstance(target, Preset):  # 1
             asked, target = with_preset(asked, target), target.of
         fields = asked.envelope.fields
-        if isinstance(target, Model) and wishes.FIELD not in fields:  # 2
+        if isinstance(target, Model) and not wishes.are_in(fields, asked.headers):  # 2
             forbidden.check(fields, target.policy, self._limits)
             chain = registry.chains.get(name, ())
             return Placed(asked, target, chain if only is None else tuple(m for m in chain if m in only))
