@@ -350,7 +350,7 @@ def cache_stats(as_json: bool, state_dir: Path | None, data_dir: Path | None) ->
     """Show what all workers keep, and how often they answered from it."""
     import msgspec
 
-    report = _ask(state_dir, data_dir, lambda client: client.report("cache"))
+    report = _ask(state_dir, data_dir, lambda client: client.service("cache"))
     if as_json:
         click.echo(msgspec.json.format(report, indent=2))
     else:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from proxy.cache import Store
+from proxy.cache import Stats, Store
 from proxy.cache.bulletin import Bulletin
 from proxy.cache.memory import MemoryStore
 from proxy.cache.settings import CacheSettings, size
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from proxy.cache.questions import Questions
     from proxy.cache.semantic import Embed
+    from proxy.cache.shield import Shield
     from proxy.cache.vectors import Vectors
 
 
@@ -38,6 +39,18 @@ def make_cached(
     return Cached(store, settings, bulletin, questions)
 
 
+async def look_into(settings: CacheSettings) -> Stats | None:
+    """Return what a store elsewhere holds, None for those in the memory of workers. Raises StoreUnavailable."""
+    redis = _connect(settings)
+    if redis is None:
+        return None
+    store = _shielded(redis)
+    try:
+        return await store.stats()
+    finally:
+        await store.close()
+
+
 def _connect(settings: CacheSettings) -> "Redis | None":
     if settings.url is None:
         return None
@@ -49,6 +62,10 @@ def _connect(settings: CacheSettings) -> "Redis | None":
 def _make_store(settings: CacheSettings, workers: int, redis: "Redis | None") -> Store:
     if redis is None:
         return MemoryStore(size(settings.max_bytes) // workers)
+    return _shielded(redis)
+
+
+def _shielded(redis: "Redis") -> "Shield":
     from proxy.cache.redis import RedisStore
     from proxy.cache.shield import LEASE, Shield
 

@@ -16,7 +16,8 @@ from engines.paths import StatePaths
 from engines.spec import EngineSpec
 from proxy import config, providers
 from proxy.administration import services
-from proxy.cache import needs
+from proxy.cache import Stats, needs
+from proxy.cache.settings import CacheSettings
 from proxy.cache.supervision import Supervision
 from proxy.commands.console import Console
 from proxy.config import Config, Loaded, Server
@@ -60,9 +61,8 @@ async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: s
         reloader = Reloader(start, Parts(workers, supervisor, launcher), console)
         address = address_of(listening)
         reports = {"endpoints": workers.endpoints, "address": lambda: msgspec.json.encode(address)}
-        caches = Supervision(lambda: reloader.loaded.config, workers.bulletin)
-        reports["cache"] = caches.report
-        offered = {**services(reloader), "purge-cache": caches.purge}
+        caches = Supervision(lambda: reloader.loaded.config, workers.bulletin, _look_into)
+        offered = {**services(reloader), "purge-cache": caches.purge, "cache": caches.stats}
         async with (
             _engines(supervisor, launcher, loaded),
             _background(serve_control(supervisor, paths.control_socket, reports, offered), stop),
@@ -75,6 +75,12 @@ async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: s
                     drained = asyncio.ensure_future(_drain(listening, workers, reloader.loaded.config))
                     await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
                     await _cancelled(drained)
+
+
+async def _look_into(settings: CacheSettings) -> Stats | None:
+    from proxy.caching import look_into  # most servers are never asked
+
+    return await look_into(settings)
 
 
 async def _deliver(loaded: Loaded, paths: StatePaths) -> None:

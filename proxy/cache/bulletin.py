@@ -62,10 +62,13 @@ def parse(asked: Mapping[str, str], model_called: Callable[[str], str]) -> Purge
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What the caches of all workers hold and have done. hit_rate: of requests that looked, with those that joined."""
+    """What the caches of all workers hold and have done. hit_rate: of requests that looked, with those that joined.
 
-    entries: int
-    bytes: int
+    entries, bytes: None where there are too many to count.
+    """
+
+    entries: int | None
+    bytes: int | None
     stored: int
     evicted: int
     hit: int

@@ -1,14 +1,17 @@
 """What the parent process says of the caches of its workers, and has them do, for `polyvox cache`."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from proxy.cache import bulletin
+from proxy.cache import Stats, bulletin
 from proxy.cache.bulletin import Bulletin
+from proxy.cache.settings import CacheSettings
 from proxy.config import Config
-from proxy.errors import NoCache, RequestError, UnknownModel
+from proxy.errors import NoCache, RequestError, StoreUnavailable, UnknownModel
+
+Look = Callable[[CacheSettings], Awaitable[Stats | None]]
 
 _words = msgspec.json.Decoder(dict[str, str]).decode
 
@@ -16,17 +19,27 @@ _words = msgspec.json.Decoder(dict[str, str]).decode
 class Supervision:
     """The caches of one server."""
 
-    def __init__(self, config: Callable[[], Config], bulletin: Bulletin) -> None:
-        """config: returns the current one."""
+    def __init__(self, config: Callable[[], Config], bulletin: Bulletin, look: Look) -> None:
+        """config: returns the current one. look: tells what a store elsewhere holds, None for one in memory."""
         self._config = config
         self._bulletin = bulletin
+        self._look = look
 
     def __repr__(self) -> str:
         return f"<Supervision {self._bulletin!r}>"
 
-    def report(self) -> bytes:
-        """Return what the caches hold and have done, as JSON; null for a server that keeps no answers."""
-        return msgspec.json.encode(self._bulletin.all() if self._config().cache_settings() else None)
+    async def stats(self, _: bytes) -> tuple[int, bytes]:
+        """Return a status, and what the caches hold and have done, as JSON; null for a server that keeps no answers."""
+        settings = self._config().cache_settings()
+        if settings is None:
+            return 200, b"null"
+        report = self._bulletin.all()
+        try:
+            if elsewhere := await self._look(settings):
+                report = msgspec.structs.replace(report, entries=elsewhere.entries, bytes=elsewhere.bytes)
+        except StoreUnavailable as e:
+            return e.status, e.envelope()
+        return 200, msgspec.json.encode(report)
 
     async def purge(self, body: bytes) -> tuple[int, bytes]:
         """Have all workers drop what a body says (`model`, `key_prefix`); return a status, and how many that were."""

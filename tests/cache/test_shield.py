@@ -8,8 +8,11 @@ import pytest
 
 from proxy.cache import Claim
 from proxy.cache.redis import PREFIX, RedisStore, connect
+from proxy.cache.settings import CacheSettings
 from proxy.cache.shield import PATIENCE, Shield
+from proxy.caching import look_into
 from proxy.errors import StoreUnavailable
+from proxy.secret import Secret
 from tests.cache.entries import entry, key
 
 
@@ -203,6 +206,35 @@ def test_who_looks_after_a_store_that_is_away_is_told(server):
                 await shield.stats()
             with pytest.raises(StoreUnavailable):
                 await shield.purge()
+
+    asyncio.run(scenario())
+
+
+def test_who_looks_after_a_store_that_hangs_is_told_soon(server):
+    async def scenario():
+        async with shielded(server) as shield:
+            server.freeze()
+            async with asyncio.timeout(20):  # less than what a long purge may take
+                with pytest.raises(StoreUnavailable):
+                    await shield.stats()
+                with pytest.raises(StoreUnavailable):
+                    await shield.purge()
+            server.thaw()
+
+    asyncio.run(scenario())
+
+
+def test_a_server_can_be_asked_what_its_store_holds_from_outside_of_its_workers(server):
+    async def scenario():
+        settings = CacheSettings(store="redis", url=Secret(server.url))
+        async with shielded(server) as shield:
+            assert (await look_into(settings)).entries == 0
+            shield.put(key(), entry())
+            await shield.settle()
+            held = await look_into(settings)
+            assert held.entries == 1
+            assert held.bytes > len(entry().body)
+        assert await look_into(CacheSettings()) is None
 
     asyncio.run(scenario())
 
