@@ -1,8 +1,10 @@
 """The composition of a worker's cache, as app.py is that of the rest: what is not configured is not imported."""
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from proxy.cache import Stats, Store
+from proxy.cache import Store
 from proxy.cache.bulletin import Bulletin
 from proxy.cache.memory import MemoryStore
 from proxy.cache.settings import CacheSettings, size
@@ -39,16 +41,16 @@ def make_cached(
     return Cached(store, settings, bulletin, questions)
 
 
-async def look_into(settings: CacheSettings) -> Stats | None:
-    """Return what a store elsewhere holds, None for those in the memory of workers. Raises StoreUnavailable."""
+@contextlib.asynccontextmanager
+async def store_elsewhere(settings: CacheSettings) -> "AsyncIterator[Shield | None]":
+    """Open the store that all workers share, for one that is none; None where each has its own."""
     redis = _connect(settings)
-    if redis is None:
-        return None
-    store = _shielded(redis)
+    store = None if redis is None else _shielded(redis)
     try:
-        return await store.stats()
+        yield store
     finally:
-        await store.close()
+        if store is not None:
+            await store.close()
 
 
 def _connect(settings: CacheSettings) -> "Redis | None":

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,7 +16,7 @@ from engines.paths import StatePaths
 from engines.spec import EngineSpec
 from proxy import config, providers
 from proxy.administration import services
-from proxy.cache import Stats, needs
+from proxy.cache import needs
 from proxy.cache.settings import CacheSettings
 from proxy.cache.supervision import Supervision
 from proxy.commands.console import Console
@@ -26,6 +26,9 @@ from proxy.ledger.books import Place
 from proxy.ledger.delivery import Delivery
 from proxy.reloading import Reloader, Start
 from proxy.workers import Workers
+
+if TYPE_CHECKING:
+    from proxy.cache.shield import Shield
 
 _WORKER_MARGIN = 3.0  # seconds that a worker gets beyond its own grace before it is killed
 
@@ -61,7 +64,7 @@ async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: s
         reloader = Reloader(start, Parts(workers, supervisor, launcher), console)
         address = address_of(listening)
         reports = {"endpoints": workers.endpoints, "address": lambda: msgspec.json.encode(address)}
-        caches = Supervision(lambda: reloader.loaded.config, workers.bulletin, _look_into)
+        caches = Supervision(lambda: reloader.loaded.config, workers.bulletin, _store_elsewhere)
         offered = {**services(reloader), "purge-cache": caches.purge, "cache": caches.stats}
         async with (
             _engines(supervisor, launcher, loaded),
@@ -77,10 +80,10 @@ async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: s
                     await _cancelled(drained)
 
 
-async def _look_into(settings: CacheSettings) -> Stats | None:
-    from proxy.caching import look_into  # most servers are never asked
+def _store_elsewhere(settings: CacheSettings) -> contextlib.AbstractAsyncContextManager["Shield | None"]:
+    from proxy.caching import store_elsewhere  # most servers are never asked for it
 
-    return await look_into(settings)
+    return store_elsewhere(settings)
 
 
 async def _deliver(loaded: Loaded, paths: StatePaths) -> None:
