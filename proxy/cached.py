@@ -56,6 +56,11 @@ class Cached:
     def __repr__(self) -> str:
         return f"<Cached {self._store!r} {len(self._flights)} flights>"
 
+    @property
+    def is_idle(self) -> bool:
+        """Say whether nothing is being made."""
+        return not self._flights
+
     async def answer(
         self,
         asked: Asked,

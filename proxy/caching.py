@@ -1,7 +1,8 @@
 """The composition of a worker's cache, as app.py is that of the rest: what is not configured is not imported."""
 
 import contextlib
-from collections.abc import AsyncIterator
+import importlib
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 from proxy.cache import Store
@@ -12,8 +13,6 @@ from proxy.cache.settings import Semantic as SemanticSettings
 from proxy.cached import Cached
 from proxy.config import Config
 from proxy.metrics import Metrics
-from proxy.prices import Prices
-from proxy.route import Ways
 from proxy.telemetry import Sink
 
 if TYPE_CHECKING:
@@ -23,12 +22,13 @@ if TYPE_CHECKING:
     from proxy.cache.semantic import Embed
     from proxy.cache.shield import Shield
     from proxy.cache.vectors import Vectors
+    from proxy.embedding import Means
 
 
 def make_cached(
-    config: Config, ways: Ways, bulletin: Bulletin, metrics: Metrics, sink: Sink, prices: Prices
+    config: Config, means: "Callable[[], Means]", bulletin: Bulletin, metrics: Metrics, sink: Sink
 ) -> Cached | None:
-    """Return a worker's cache of answers, None for a server that keeps none. sink, prices: of requests for vectors."""
+    """Return a worker's cache of answers, None for a server that keeps none. means, sink: of requests for vectors."""
     settings = config.cache_settings()
     if settings is None:
         return None
@@ -36,9 +36,18 @@ def make_cached(
     store = _make_store(settings, config.server.workers, redis)
     if not settings.semantics():
         return Cached(store, settings, bulletin)
-    embedders = _make_embedders(settings, ways, sink, prices)
+    embedders = _make_embedders(settings, means, sink)
     questions = _make_questions(settings, embedders, store, redis, metrics)
     return Cached(store, settings, bulletin, questions)
+
+
+def prepare(config: Config) -> None:
+    """Import what `make_cached` will need, so that no request has to wait for it."""
+    settings = config.cache_settings()
+    if settings and settings.url:
+        importlib.import_module("proxy.cache.redis")
+    if settings and settings.semantics():
+        importlib.import_module("proxy.cache.semantic")
 
 
 @contextlib.asynccontextmanager
@@ -74,14 +83,14 @@ def _shielded(redis: "Redis") -> "Shield":
     return Shield(RedisStore(redis, LEASE))
 
 
-def _make_embedders(settings: CacheSettings, ways: Ways, sink: Sink, prices: Prices) -> "dict[str, Embed]":
+def _make_embedders(settings: CacheSettings, means: "Callable[[], Means]", sink: Sink) -> "dict[str, Embed]":
     from proxy.embedding import Elsewhere, OfModel
 
     makers = {name: wanted.embeddings for name, wanted in settings.semantics().items()}
     return {
-        name: OfModel(maker, ways, sink, prices)
+        name: OfModel(maker, means, sink)
         if isinstance(maker, str)
-        else Elsewhere(name, maker, ways.transport_to)
+        else Elsewhere(name, maker, means().ways.transport_to)
         for name, maker in makers.items()
     }
 

@@ -135,11 +135,12 @@ class Parts:
         return f"<Parts {self._workers!r} {self._supervisor!r}>"
 
     async def check(self, new: Loaded, old: Loaded) -> None:
-        """See that there is memory for new engines, beside those that run. Raises ServeError.
+        """See that there is memory for new engines, beside those that run. Raises ConfigError or ServeError.
 
         One that changes frees what it has before it starts anew, and is planned then.
         """
         there = {spec.id for spec in old.config.engines()}
+        await asyncio.to_thread(needs.check, new)
         if added := [spec for spec in new.config.engines() if spec.id not in there]:
             await _plan(self._launcher, added, new)
 

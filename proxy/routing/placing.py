@@ -8,7 +8,7 @@ import msgspec
 from proxy import forbidden
 from proxy.limits import Limits
 from proxy.providers import Asked
-from proxy.registry import Group, Model, Preset, Registry
+from proxy.registry import Ensemble, Group, Model, Preset, Registry
 from proxy.routing import explanation, presets, wishes
 from proxy.routing.dispatch import Dispatcher, Inquiry
 
@@ -65,6 +65,12 @@ class Placing:
             return Placed(asked, target, chain if only is None else tuple(m for m in chain if m in only))
         inquiry = Inquiry(asked.path, fields, asked.headers, name, only)
         return _routed(asked, target, registry, self._dispatcher, inquiry)  # 3
+
+    def called(self, registry: Registry, name: str, asked: Asked) -> Placed:
+        """Find the place of a request that we make ourselves, of a model by any of its names. Raises RequestError."""
+        target = registry.resolve(name)
+        assert not isinstance(target, Ensemble), "the configuration names no ensemble here"
+        return self.place(registry, name, target, asked)
 
 
 def _routed(
