@@ -652,6 +652,11 @@ def _check_routing(config: Config, source: _Source) -> None:
     for name in config.fallbacks:
         if name.startswith(TASK):
             _check_task(name.removeprefix(TASK), config, ("fallbacks", name), source)
+    simple, complex_from = config.routing.simple, config.routing.complex
+    if complex_from is not None and simple > complex_from:
+        raise source.error(
+            ("routing", "complex"), f"{complex_from:g} is below simple, {simple:g}: nothing would be medium"
+        )
     for i, rule in enumerate(config.rules):
         _check_rule(rule, config, ("rules", i), source)
 
@@ -665,7 +670,7 @@ def _check_task(task: str, config: Config, path: tuple[str | int, ...], source: 
     known = tasks.names(config.tasks)
     if task not in known:
         near = difflib.get_close_matches(task, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(known)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(known)}."
         raise source.error(path, f"there is no task {task!r}; {hint} New ones are made by patterns under `tasks`")
 
 
