@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from engines.paths import StatePaths
-from proxy.errors import ConfigError, ServeError
+from proxy.errors import ConfigError, NoServer, ServeError
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
@@ -453,6 +453,8 @@ def _finish(run: Callable[[], None]) -> None:
         run()
     except ConfigError as e:
         raise fail(str(e), USAGE) from None
+    except NoServer as e:
+        raise fail(str(e), UNREACHABLE) from None
     except ServeError as e:
         raise fail(str(e), FAILED) from None
 
