@@ -198,6 +198,20 @@ def test_a_chat_is_not_resumed_where_an_endpoint_cannot_continue():
     run(tell())
 
 
+@pytest.mark.parametrize("end", [Step.RESET, Step.CLOSE])
+def test_nor_does_it_begin_anew_at_the_only_endpoint_that_there_is(end: Step):
+    async def tell() -> None:
+        async with upstream([*streamed(ROLE, event(content="a"), end=False), end], streamed(*events("never"))) as a:
+            only = ModelSettings(endpoints=(endpoint(a.address, continues=False),))
+            async with proxying(Config(models={"m": only})) as proxy:
+                answer = await proxy.ask("m", stream=True)
+                assert '"error"' in answer.text
+                assert "never" not in answer.text
+                assert len(a.requests) == 1
+
+    run(tell())
+
+
 def test_a_stream_whose_answer_is_whole_is_ended_by_us():
     first = [*streamed(*events("all of it")[:-1], end=False), Step.RESET]
 
