@@ -81,7 +81,7 @@ def read(
     tasks: the names there are.
     """
     said = _of_body(fields.get(FIELD))
-    explain = False
+    in_body, explain = said.task_type is not None, False
     for name, value in headers:
         if name.startswith(b"x-polyvox-"):
             text = value.decode("latin-1").strip()
@@ -90,7 +90,7 @@ def read(
             elif name in _HEADERS and text:
                 said = _with_header(said, name, text)
     if said.task_type is not None and said.task_type not in tasks:
-        raise _no_task(said.task_type, tasks)
+        raise _no_task("routing.task_type" if in_body else "x-polyvox-task", said.task_type, tasks)
     return said, explain
 
 
@@ -157,10 +157,10 @@ def _worded(path: tuple[str | int, ...], said: str) -> str:
     return "expected 0 to 1, or simple, medium, complex" if path[-1:] == ("complexity",) else said
 
 
-def _no_task(task: str, tasks: Collection[str]) -> BadRequest:
+def _no_task(field: str, task: str, tasks: Collection[str]) -> BadRequest:
     near = difflib.get_close_matches(task, tasks, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; tasks: {', '.join(tasks)}"
-    return _bad("routing.task_type", f"there is no task {task[:100]!r}{hint}")
+    return _bad(field, f"there is no task {task[:100]!r}{hint}")
 
 
 def _bad(field: str, said: str) -> BadRequest:
