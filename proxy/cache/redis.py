@@ -25,11 +25,13 @@ _CONNECTIONS = 256  # of one worker, at most
 _BATCH = 500  # keys that one step of a purge looks at
 _COUNTED = 100_000  # keys that are counted for statistics; more are too many to look at
 
-# One round trip: the entry; or that it is being generated; or else a token for who asked.
+# One round trip: the entry; or that it is being generated; or else a token for who asked. What has no end, or a later
+# one than a lease, is no claim of ours, and would keep all others waiting.
 _CLAIM = """
 local entry = redis.call('GET', KEYS[1])
 if entry then return entry end
-if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+local left = redis.call('PTTL', KEYS[2])
+if left > 0 and left <= tonumber(ARGV[1]) then return 0 end
 local token = redis.call('INCR', KEYS[3])
 redis.call('SET', KEYS[2], token, 'PX', ARGV[1])
 return token
