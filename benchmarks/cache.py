@@ -1,9 +1,9 @@
 """What the cache of answers costs and gives. `make bench-cache`
 
 CPU is that of the proxy's whole process tree, from /proc, for each request: for an answer that is not there, and for
-one that is, in turns with a server whose cache is off, since a machine is not equally fast at all times. Then requests for
-100,000 different prompts, of which few are asked often (Zipf's law): how many are answered from the cache, and how long
-they take. The mock upstream answers at once, so what an engine would take comes on top of every miss.
+one that is, in turns with a server whose cache is off, since a machine is not equally fast at all times. Then requests
+for 100,000 different prompts, of which few are asked often (Zipf's law): how many are answered from the cache, and how
+long they take. The mock upstream answers at once, so what an engine would take comes on top of every miss.
 """
 
 import argparse
