@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from engines.paths import StatePaths
-from proxy.errors import ConfigError, ServeError
+from proxy.errors import ConfigError, NoServer, ServeError
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
@@ -350,7 +350,7 @@ def cache_stats(as_json: bool, state_dir: Path | None, data_dir: Path | None) ->
     """Show what all workers keep, and how often they answered from it."""
     import msgspec
 
-    report = _ask(state_dir, data_dir, lambda client: client.report("cache"))
+    report = _ask(state_dir, data_dir, lambda client: client.service("cache"))
     if as_json:
         click.echo(msgspec.json.format(report, indent=2))
     else:
@@ -453,6 +453,8 @@ def _finish(run: Callable[[], None]) -> None:
         run()
     except ConfigError as e:
         raise fail(str(e), USAGE) from None
+    except NoServer as e:
+        raise fail(str(e), UNREACHABLE) from None
     except ServeError as e:
         raise fail(str(e), FAILED) from None
 

@@ -4,17 +4,18 @@ import asyncio
 import importlib
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litestar.types import ASGIApp
 
 from engines.spec import FleetStatus
-from proxy import gauging, market, providers, registry
+from proxy import caching, gauging, market, providers, registry
 from proxy.admin import Admin
 from proxy.admission import Admission
 from proxy.api import Api, build_app
 from proxy.balancer import Balancer, Board
 from proxy.cache.bulletin import Bulletin
+from proxy.cached import Cached
 from proxy.caching import make_cached
 from proxy.capabilities import Folder
 from proxy.chat import Chat
@@ -31,10 +32,14 @@ from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
 from proxy.routing.dispatch import Dispatcher
+from proxy.routing.placing import Placing
 from proxy.shared import Slots
 from proxy.telemetry import Sink
 from proxy.transport import Transport
 from proxy.transport.local import LocalTransport
+
+if TYPE_CHECKING:
+    from proxy.embedding import Means
 
 _CLOSING = 1.0  # seconds between two looks whether something that is used no more can be closed
 
@@ -54,6 +59,7 @@ class Worker:
         providers.prepare(config)
         self._metrics = metrics
         self._board = board
+        self._bulletin = bulletin
         self._balancer = make_balancer(config, board)
         self._admission = make_admission(config, self._balancer, metrics)
         self._supervisor = LocalTransport(f"unix:{places.control_socket}")
@@ -65,15 +71,17 @@ class Worker:
         self._books = make_books(config, places.ledger, lambda: self._prices.known())
         self._endpoints = Endpoints(metrics)
         self._recovery = Recovery(self._live, self._endpoints, self._transport_to)
-        # All mutable state: the configuration and what was learned of prices beside it; what answers; a transport for
-        # each address in use, and the tasks that go on beside the requests, by what they do.
+        # All mutable state: the configuration and what was learned of prices beside it; what answers; the cache, and
+        # those before it that still have something under way; a transport for each address in use, and the tasks that
+        # go on beside the requests, by what they do.
         self._config = config
         self._tariffs: dict[market.Offer, Tariff | None] = {}
         self._prices = Prices(config, metrics.throughput)
         speed = metrics.tokens_per_second
         self._dispatcher = Dispatcher(self._endpoints, config.limits, self._prices, speed)
-        sink: Sink = Both(metrics, self._books.recorder) if self._books else metrics
-        self._cached = make_cached(config, self._ways(), bulletin, metrics, sink, self._prices)
+        self._sink: Sink = Both(metrics, self._books.recorder) if self._books else metrics
+        self._retired: list[Cached] = []
+        self._cached = self._make_cache()
         metrics.stores = self._cached.sums if self._cached else None
         admin = Admin(self._supervisor)
         self._api = Api(self._chat(), self._live, metrics, config.server, self._prices, self._books, admin)
@@ -94,7 +102,7 @@ class Worker:
         first; the rest happens between two turns of the event loop.
         """
         await asyncio.to_thread(_prepare, config)
-        self._config = config
+        before, self._config = self._config, config
         self._metrics.follow(config, slots)
         self._board.follow(slots)
         self._balancer.follow(config.endpoint_names(), policies_of(config))
@@ -103,8 +111,23 @@ class Worker:
         self._dispatcher.follow(config.limits, self._prices)
         self._sources.follow(config)
         self._endpoints.keep([name for names in config.endpoint_names().values() for name in names])
+        if config.cache != before.cache:
+            self._begin_anew()
         self._api.follow(self._chat(), config.server, self._prices)
         self._look_around()
+
+    def _make_cache(self) -> Cached | None:
+        return make_cached(self._config, self._means, self._bulletin, self._metrics, self._sink)
+
+    def _begin_anew(self) -> None:
+        """Keep answers as the configuration says now. What others wait for in the cache before ends there."""
+        if self._cached:
+            self._cached.sums()  # what it has counted is told
+            self._retired.append(self._cached)
+        self._bulletin.carry()
+        self._cached = self._make_cache()
+        self._metrics.stores = self._cached.sums if self._cached else None
+        self._go_on("caching", self._cached.run() if self._cached else asyncio.sleep(0))
 
     def _chat(self) -> Chat:
         return Chat(self._ways(), self._dispatcher, self._cached)
@@ -112,6 +135,12 @@ class Worker:
     def _ways(self) -> Ways:
         start_wait, limits = self._config.server.start_wait, self._config.limits
         return Ways(self._live, self._endpoints, self._transport_to, start_wait, limits, self._admission)
+
+    def _means(self) -> "Means":
+        from proxy.embedding import Means  # it imports numpy
+
+        ways = self._ways()
+        return Means(ways, Placing(self._dispatcher, ways.limits), self._prices)
 
     async def _start(self) -> None:
         self._go_on("finding", watch_findings(self._sources, self._found, self._found_at))
@@ -131,6 +160,7 @@ class Worker:
         self._go_on("gauging", gauging.follow(self._board.mine(), self._live, self._transport_to, self._balancer))
         self._go_on("pricing", self._learn_prices(self._prices, market.offers(self._config)))
         self._go_on("closing", self._close_unused())
+        self._go_on("retiring", self._close_retired())
 
     def _go_on(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Do something beside the requests, in the place of what had this name before."""
@@ -154,13 +184,22 @@ class Worker:
                     await self._transports.pop(address).close()
             await asyncio.sleep(_CLOSING)
 
+    async def _close_retired(self) -> None:
+        """Close the caches that another took the place of, when nobody waits for anything there."""
+        while self._retired:
+            for cached in [cached for cached in self._retired if cached.is_idle]:
+                await cached.close()
+                self._retired.remove(cached)
+            await asyncio.sleep(_CLOSING)
+
     async def _stop(self) -> None:
         for task in self._beside.values():
             task.cancel()
         await asyncio.gather(*self._beside.values(), return_exceptions=True)
         await self._recovery.close()
-        if self._cached:
-            await self._cached.close()
+        for cached in (self._cached, *self._retired):
+            if cached:
+                await cached.close()
         if self._books:
             await self._books.close()
         for transport in (*self._transports.values(), self._supervisor):
@@ -176,6 +215,7 @@ class Worker:
 def _prepare(config: Config) -> None:
     """Import what requests will need, so that none has to wait for it."""
     providers.prepare(config)
+    caching.prepare(config)
     if any(e.base_url.startswith("https:") for model in config.models.values() for e in model.endpoints):
         importlib.import_module("proxy.transport.cloud")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import msgspec
 
-from proxy.cache import Claim, Entry, Stats, Store, key, replay, replies
+from proxy.cache import Claim, Entry, Store, key, replay, replies
 from proxy.cache.bulletin import ALL, Bulletin, Purge, Report
 from proxy.cache.flight import Flight
 from proxy.cache.replies import FlightKey, Walks, Wanted, WhenGone
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_ELSEWHERE = Stats(None, None, 0, 0)
 _PATIENCE = 60.0  # seconds to wait for another replica's answer, where the client does not say how long it waits
 _SAYS = {result: (b"x-polyvox-cache", result.encode()) for result in CACHE_RESULTS}
 _WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
@@ -59,6 +58,11 @@ class Cached:
 
     def __repr__(self) -> str:
         return f"<Cached {self._store!r} {len(self._flights)} flights>"
+
+    @property
+    def is_idle(self) -> bool:
+        """Say whether nothing is being made."""
+        return not self._flights
 
     async def answer(
         self,
@@ -112,7 +116,7 @@ class Cached:
         if not self._store.is_shared:
             return found
         stats = await _now(self._store.stats())
-        return msgspec.structs.replace(found, entries=stats.entries or 0, bytes=stats.bytes or 0)
+        return msgspec.structs.replace(found, entries=stats.entries, bytes=stats.bytes)
 
     def sums(self) -> Report:
         """Return what the caches of all workers have told, of the others as of a moment ago."""
@@ -137,8 +141,7 @@ class Cached:
         self._bulletin.apply(dropped)
 
     def _tell(self) -> None:
-        stats = _ELSEWHERE if self._store.is_shared else self._store.stats()
-        self._bulletin.kept(cast(Stats, stats), self._results)
+        self._bulletin.kept(self._store.told(), self._results)
 
     async def close(self) -> None:
         """End what is under way, and close the store."""

@@ -1,5 +1,8 @@
 """The composition of a worker's cache, as app.py is that of the rest: what is not configured is not imported."""
 
+import contextlib
+import importlib
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 from proxy.cache import Store
@@ -10,8 +13,6 @@ from proxy.cache.settings import Semantic as SemanticSettings
 from proxy.cached import Cached
 from proxy.config import Config
 from proxy.metrics import Metrics
-from proxy.prices import Prices
-from proxy.route import Ways
 from proxy.telemetry import Sink
 
 if TYPE_CHECKING:
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 
     from proxy.cache.questions import Questions
     from proxy.cache.semantic import Embed
+    from proxy.cache.shield import Shield
     from proxy.cache.vectors import Vectors
+    from proxy.embedding import Means
 
 
 def make_cached(
-    config: Config, ways: Ways, bulletin: Bulletin, metrics: Metrics, sink: Sink, prices: Prices
+    config: Config, means: "Callable[[], Means]", bulletin: Bulletin, metrics: Metrics, sink: Sink
 ) -> Cached | None:
-    """Return a worker's cache of answers, None for a server that keeps none. sink, prices: of requests for vectors."""
+    """Return a worker's cache of answers, None for a server that keeps none. means, sink: of requests for vectors."""
     settings = config.cache_settings()
     if settings is None:
         return None
@@ -33,9 +36,30 @@ def make_cached(
     store = _make_store(settings, config.server.workers, redis)
     if not settings.semantics():
         return Cached(store, settings, bulletin)
-    embedders = _make_embedders(settings, ways, sink, prices)
+    embedders = _make_embedders(settings, means, sink)
     questions = _make_questions(settings, embedders, store, redis, metrics)
     return Cached(store, settings, bulletin, questions)
+
+
+def prepare(config: Config) -> None:
+    """Import what `make_cached` will need, so that no request has to wait for it."""
+    settings = config.cache_settings()
+    if settings and settings.url:
+        importlib.import_module("proxy.cache.redis")
+    if settings and settings.semantics():
+        importlib.import_module("proxy.cache.semantic")
+
+
+@contextlib.asynccontextmanager
+async def store_elsewhere(settings: CacheSettings) -> "AsyncIterator[Shield | None]":
+    """Open the store that all workers share, for one that is none; None where each has its own."""
+    redis = _connect(settings)
+    store = None if redis is None else _shielded(redis)
+    try:
+        yield store
+    finally:
+        if store is not None:
+            await store.close()
 
 
 def _connect(settings: CacheSettings) -> "Redis | None":
@@ -49,20 +73,24 @@ def _connect(settings: CacheSettings) -> "Redis | None":
 def _make_store(settings: CacheSettings, workers: int, redis: "Redis | None") -> Store:
     if redis is None:
         return MemoryStore(size(settings.max_bytes) // workers)
+    return _shielded(redis)
+
+
+def _shielded(redis: "Redis") -> "Shield":
     from proxy.cache.redis import RedisStore
     from proxy.cache.shield import LEASE, Shield
 
     return Shield(RedisStore(redis, LEASE))
 
 
-def _make_embedders(settings: CacheSettings, ways: Ways, sink: Sink, prices: Prices) -> "dict[str, Embed]":
+def _make_embedders(settings: CacheSettings, means: "Callable[[], Means]", sink: Sink) -> "dict[str, Embed]":
     from proxy.embedding import Elsewhere, OfModel
 
     makers = {name: wanted.embeddings for name, wanted in settings.semantics().items()}
     return {
-        name: OfModel(maker, ways, sink, prices)
+        name: OfModel(maker, means, sink)
         if isinstance(maker, str)
-        else Elsewhere(name, maker, ways.transport_to)
+        else Elsewhere(name, maker, means().ways.transport_to)
         for name, maker in makers.items()
     }
 

@@ -7,8 +7,8 @@ import msgspec
 
 from proxy.config import Config
 
-# What a running server keeps as it was started: sockets, processes, where the ledger is, and its cache of answers.
-_FIXED = (("server", "host"), ("server", "port"), ("server", "workers"), ("ledger",), ("cache",))
+# What a running server keeps as it was started: sockets, processes, and where the ledger is.
+_FIXED = (("server", "host"), ("server", "port"), ("server", "workers"), ("ledger",))
 
 _WORDS = {"models": "model", "aliases": "alias", "ensembles": "ensemble"}  # for an entry of a section
 

@@ -109,10 +109,7 @@ class Chat:
 
     def _place(self, name: str, asked: Asked) -> Placed:
         """Find the place of a request that an ensemble makes. Raises RequestError."""
-        registry = self._ways.live.current
-        target = registry.resolve(name)
-        assert not isinstance(target, Ensemble), "the configuration has no ensemble in another"
-        return self._placing.place(registry, name, target, asked)
+        return self._placing.called(self._ways.live.current, name, asked)
 
     def explain(self, request: Incoming) -> dict[str, Any]:
         """Return how a request would be routed, which is not sent. `model` is auto where it is left out."""

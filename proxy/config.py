@@ -666,6 +666,11 @@ def _check_routing(config: Config, source: _Source) -> None:
     for name in config.fallbacks:
         if name.startswith(TASK):
             _check_task(name.removeprefix(TASK), config, ("fallbacks", name), source)
+    simple, complex_from = config.routing.simple, config.routing.complex
+    if complex_from is not None and simple > complex_from:
+        raise source.error(
+            ("routing", "complex"), f"{complex_from:g} is below simple, {simple:g}: nothing would be medium"
+        )
     for i, rule in enumerate(config.rules):
         _check_rule(rule, config, ("rules", i), source)
 

@@ -17,7 +17,7 @@ _WRITTEN = 4.0
 HOSTED_WORK = 100 * _WRITTEN
 _FADE = 0.999  # of what was seen before, with each request: the last thousand or so count
 
-Usd = Annotated[float, Meta(ge=0)]
+Usd = Annotated[float, Meta(ge=0, le=1e9)]  # YAML has a word for the infinite, JSON has none
 
 
 class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,7 +31,7 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Hosting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the machine of one engine costs, from which the price of a token is worked out."""
 
-    usd_per_hour: Annotated[float, Meta(gt=0)]
+    usd_per_hour: Annotated[float, Meta(gt=0, le=1e9)]
 
 
 class Tariff(msgspec.Struct, frozen=True):

@@ -80,6 +80,7 @@ def _edited(text: str, edit: Callable[[CommentedMap], None], name: str) -> str:
     round_trip.Representer = _Representer
     round_trip.preserve_quotes = True
     round_trip.width = _WIDTH
+    round_trip.brace_single_entry_mapping_in_flow_sequence = True  # [{a: 1}] stays so, and does not become [a: 1]
     try:
         round_trip.indent(**_indents(text))
         document = cast(CommentedMap, round_trip.load(text)) or CommentedMap()

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from time import monotonic
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from proxy import wire
@@ -14,9 +15,10 @@ from proxy.fallback import Walk
 from proxy.prices import Prices
 from proxy.providers import Asked
 from proxy.providers.headers import authorization
-from proxy.registry import Endpoint, Ensemble, Group, Preset
+from proxy.registry import Endpoint
 from proxy.relay import Exchange
 from proxy.route import Ways
+from proxy.routing.placing import Placing
 from proxy.telemetry import Sink
 from proxy.transport import Headers, Timeouts, Transport
 
@@ -25,33 +27,37 @@ _JSON: Headers = [(b"content-type", b"application/json")]
 _LONGEST = 1024 * 1024  # bytes of an answer
 
 
+class Means(NamedTuple):
+    """What a request for a vector is made with."""
+
+    ways: Ways
+    placing: Placing
+    prices: Prices | None
+
+
 class OfModel:
     """Has a model of ours make vectors, as a client would: each is in the metrics, and in the ledger."""
 
-    def __init__(self, name: str, ways: Ways, sink: Sink, prices: Prices | None) -> None:
-        """name: of a model or alias."""
+    def __init__(self, name: str, means: Callable[[], Means], sink: Sink) -> None:
+        """name: of a model or alias. means: returns the newest."""
         self._name = name
-        self._ways = ways
+        self._means = means
         self._sink = sink
-        self._prices = prices
 
     def __repr__(self) -> str:
         return f"<OfModel {self._name}>"
 
     async def __call__(self, text: str, key_id: str) -> Vector | None:
         """Return the vector of a text, for the account of a key. Raises what Walk.answer does."""
-        registry = self._ways.live.current
-        target = registry.resolve(self._name)
-        of = target.of if isinstance(target, Preset) else target
-        assert not isinstance(of, Ensemble), "the configuration names a model"
-        model = registry.models[of.members[0]] if isinstance(of, Group) else of
+        ways, placing, prices = self._means()
         body = wire.encode({"model": self._name, "input": text})
         request_id = b"%032x" % random.getrandbits(128)
         asked = Asked(_PATH, b"", _JSON, body, wire.read_json(body), request_id)
-        exchange = Exchange(self._sink, "embeddings", monotonic, self._prices, request_id)
-        exchange.model, exchange.alias, exchange.key_id = model.name, self._name, key_id
-        try:
-            reply = await Walk(self._ways, asked, model, (), exchange).answer()
+        placed = placing.called(ways.live.current, self._name, asked)
+        exchange = Exchange(self._sink, "embeddings", monotonic, prices, request_id)
+        exchange.model, exchange.alias, exchange.key_id = placed.model.name, self._name, key_id
+        try:  # without the chain: vectors of two models are not to be compared
+            reply = await Walk(ways, placed.asked, placed.model, (), exchange).answer()
             exchange.complete()
         finally:
             await exchange.close()

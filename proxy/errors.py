@@ -4,6 +4,7 @@ PolyvoxError
 ├── ConfigError                the configuration is wrong: file, line, key, remedy
 │   └── FileReadOnly           its file cannot be written
 ├── ServeError                 the server cannot start or go on: what, and what to do
+│   ├── NoServer               that which a command asks does not answer
 │   └── NotFollowed            a worker does not follow a new configuration
 ├── PluginError                what an installed distribution offers cannot be used
 ├── WrongSetting               a provider does not take a setting of its endpoint
@@ -76,6 +77,10 @@ class FileReadOnly(ConfigError):
 
 class ServeError(PolyvoxError):
     """The server cannot start, or cannot go on. The text says what to do."""
+
+
+class NoServer(ServeError):
+    """The server that a command asks does not answer."""
 
 
 class NotFollowed(ServeError):

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +17,7 @@ from engines.spec import EngineSpec
 from proxy import config, providers
 from proxy.administration import services
 from proxy.cache import needs
+from proxy.cache.settings import CacheSettings
 from proxy.cache.supervision import Supervision
 from proxy.commands.console import Console
 from proxy.config import Config, Loaded, Server
@@ -25,6 +26,9 @@ from proxy.ledger.books import Place
 from proxy.ledger.delivery import Delivery
 from proxy.reloading import Reloader, Start
 from proxy.workers import Workers
+
+if TYPE_CHECKING:
+    from proxy.cache.shield import Shield
 
 _WORKER_MARGIN = 3.0  # seconds that a worker gets beyond its own grace before it is killed
 
@@ -60,9 +64,8 @@ async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: s
         reloader = Reloader(start, Parts(workers, supervisor, launcher), console)
         address = address_of(listening)
         reports = {"endpoints": workers.endpoints, "address": lambda: msgspec.json.encode(address)}
-        caches = Supervision(lambda: reloader.loaded.config, workers.bulletin)
-        reports["cache"] = caches.report
-        offered = {**services(reloader), "purge-cache": caches.purge}
+        caches = Supervision(lambda: reloader.loaded.config, workers.bulletin, _store_elsewhere)
+        offered = {**services(reloader), "purge-cache": caches.purge, "cache": caches.stats}
         async with (
             _engines(supervisor, launcher, loaded),
             _background(serve_control(supervisor, paths.control_socket, reports, offered), stop),
@@ -75,6 +78,12 @@ async def _serve(start: Start, paths: StatePaths, workers: Workers, listening: s
                     drained = asyncio.ensure_future(_drain(listening, workers, reloader.loaded.config))
                     await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
                     await _cancelled(drained)
+
+
+def _store_elsewhere(settings: CacheSettings) -> contextlib.AbstractAsyncContextManager["Shield | None"]:
+    from proxy.caching import store_elsewhere  # most servers are never asked for it
+
+    return store_elsewhere(settings)
 
 
 async def _deliver(loaded: Loaded, paths: StatePaths) -> None:
@@ -126,11 +135,12 @@ class Parts:
         return f"<Parts {self._workers!r} {self._supervisor!r}>"
 
     async def check(self, new: Loaded, old: Loaded) -> None:
-        """See that there is memory for new engines, beside those that run. Raises ServeError.
+        """See that there is memory for new engines, beside those that run. Raises ConfigError or ServeError.
 
         One that changes frees what it has before it starts anew, and is planned then.
         """
         there = {spec.id for spec in old.config.engines()}
+        await asyncio.to_thread(needs.check, new)
         if added := [spec for spec in new.config.engines() if spec.id not in there]:
             await _plan(self._launcher, added, new)
 

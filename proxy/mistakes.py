@@ -27,6 +27,8 @@ def located(error: msgspec.ValidationError, kind: Any) -> tuple[Path, str]:
     invalid = re.match(r"Invalid enum value (.*)", match["what"])
     if invalid:
         return inner, _none_of(invalid[1], _literals_at(kind, inner))
+    if "matching regex" in match["what"] and isinstance(info := _info_at(kind, inner), inspect.Metadata):
+        return inner, f"expected {(info.extra_json_schema or {})['description']}"
     return inner, match["what"][0].lower() + match["what"][1:]
 
 

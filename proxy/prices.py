@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from proxy.accounting import Usage
 from proxy.config import Config
-from proxy.cost import HOSTED_WORK, Price, Tariff, cost, hosted
+from proxy.cost import HOSTED_WORK, Price, Tariff, cost, hosted, work
 
 Throughput = Callable[[str, str], tuple[float, float]]  # model, endpoint -> seconds busy, work done in them
 
@@ -36,12 +36,17 @@ class Prices:
         """Add tariffs by the names of endpoints. The configuration's stay."""
         self._tariffs = {**tariffs, **self._tariffs}
 
-    def cost(self, model: str, endpoint: str, usage: Usage) -> float | None:
-        """Return the USD that tokens cost at an endpoint, None if the price is not known."""
+    def cost(self, model: str, endpoint: str, usage: Usage, seconds: float = 0.0) -> float | None:
+        """Return the USD that tokens cost at an endpoint, None if the price is not known.
+
+        seconds: that the request has taken there. They are what an engine is measured by that has answered none before.
+        """
         tariff = self._tariffs.get(endpoint)
         if tariff is not None:
             return cost(tariff.at(usage.tokens_in) if tariff.long else tariff.base, usage)
-        price = self._hosted(model, endpoint)
+        if model not in self._hosting:
+            return None
+        price = self._hosted(model, endpoint) or hosted(self._hosting[model], seconds, work(usage))
         return None if price is None else cost(price, usage)
 
     def dearest(self, model: str, tokens_in: int) -> Price | None:

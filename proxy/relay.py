@@ -36,7 +36,7 @@ class Exchange:
 
     __slots__ = (
         "_account", "_answer", "_begun", "_breaker", "_broken", "_charged", "_clock", "_closed", "_error", "_first",
-        "_lease", "_mark", "_overhead", "_prices", "_shared", "_sink", "_status", "_streamed", "_subrequests",
+        "_lease", "_mark", "_overhead", "_prices", "_sent", "_shared", "_sink", "_status", "_streamed", "_subrequests",
         "_ticket", "_under_way", "_usd", "_whole", "alias", "attempts", "cache", "endpoint", "key_id", "level", "model",
         "on_prompt", "operation", "request_id", "resumed", "shows_cost", "source",
     )  # fmt: skip
@@ -69,8 +69,9 @@ class Exchange:
         # What the cache did for it, and which endpoint had given the answer that it got from there:
         self.cache = ""
         self.source = ""
-        # When it came, when its first token did, the seconds that we took, and the start of the next of them:
-        self._begun = self._mark = clock()
+        # When it came, was last sent to an endpoint, and had its first token; the seconds that we took, and the start
+        # of the next of them:
+        self._begun = self._sent = self._mark = clock()
         self._first: float | None = None
         self._overhead = 0.0
         # How it goes:
@@ -147,7 +148,8 @@ class Exchange:
         self._ticket = ticket
         self._under_way = True
         self._sink.started(RequestStarted(self.model, endpoint))
-        self._overhead += self._clock() - self._mark
+        self._sent = self._clock()
+        self._overhead += self._sent - self._mark
 
     async def retreat(self, error: BaseException | None, outcome: Outcome) -> None:
         """The attempt has failed, with an error or (None) an answer that says so. Another may follow."""
@@ -219,7 +221,7 @@ class Exchange:
         """Return what the request costs if this is what it used."""
         if self._prices is None:
             return None
-        usd = self._prices.cost(self.model, self.endpoint, usage)
+        usd = self._prices.cost(self.model, self.endpoint, usage, self._clock() - self._sent)
         if self._broken:
             prompts = [self._prices.cost(model, endpoint, Usage(usage.tokens_in)) for model, endpoint in self._broken]
             known = [prompt for prompt in prompts if prompt is not None]

@@ -178,10 +178,9 @@ class Route:
 
     def _allowed(self, model: Model, now: float) -> list[Standing]:
         allowed = self._ways.endpoints.allowed(model, now)
-        if not self._tried:
-            return allowed
-        fresh = [s for s in allowed if _key(s.endpoint) not in self._tried]
-        return [s for s in fresh if s.endpoint.continues] if self.must_continue else fresh
+        if self._tried:
+            allowed = [s for s in allowed if _key(s.endpoint) not in self._tried]
+        return [s for s in allowed if s.endpoint.continues] if self.must_continue else allowed
 
     def _look_again(self) -> Place | None:
         self._renew()

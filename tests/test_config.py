@@ -111,7 +111,7 @@ def test_a_remote_model_gives_no_engine(load):
         (LOCAL + "      args: {allowed-media-domains: [a]}\n", 6, ["allowed-media-domains", "server.media_domains"]),
         (LOCAL + "    kind: cheap\n", 6, ["models.small.kind", "'cheap' is none of", "fast_cheap", "specialized"]),
         (LOCAL + "    tasks: [legl]\n", 6, ["models.small.tasks[0]", "no task 'legl'", "did you mean 'legal'"]),
-        (LOCAL + "    languages: [Russian]\n", 6, ["models.small.languages[0]", "^[a-z]{2,3}$"]),
+        (LOCAL + "    languages: [Russian]\n", 6, ["models.small.languages[0]", "a code of ISO 639"]),
         (LOCAL + "    context: 0\n", 6, ["models.small.context", ">= 1"]),
         (LOCAL + "    quality_score: 11\n", 6, ["models.small.quality_score", "<= 10"]),
         (LOCAL + "    modalities: [text, smell]\n", 6, ["models.small.modalities[1]", "'smell' is none of", "image"]),
@@ -466,6 +466,11 @@ def test_a_model_may_have_a_price_or_a_machine_that_has_one(load):
     assert hosting and hosting.usd_per_hour == 2.10
 
 
+def test_a_prompt_cannot_be_simple_and_complex_at_once(refusal, load):
+    assert "routing.complex: 0.2 is below simple, 0.9" in refusal("routing:\n  simple: 0.9\n  complex: 0.2\n")
+    assert load("routing: {simple: 0.5, complex: 0.5}").config.routing.complex == 0.5
+
+
 def test_the_ledger_is_on_unless_it_is_off(load):
     assert load("").config.ledger_settings() == config.LedgerSettings()
     assert load("ledger: on").config.ledger_settings() == config.LedgerSettings()
@@ -481,6 +486,9 @@ def test_the_ledger_is_on_unless_it_is_off(load):
         (PRICED + "    hosting: {usd_per_hour: 1}\n", 7, ["models.small.hosting", "price"]),
         (LOCAL + "    hosting: {usd_per_hour: 0}\n", 6, ["models.small.hosting.usd_per_hour", "> 0"]),
         ("models:\n  m:\n    endpoints: [{base_url: http://x/v1}]\n    hosting: {usd_per_hour: 1}\n", 4, ["hosting"]),
+        (LOCAL + "    price: {input: .inf, output: 1}\n", 6, ["models.small.price.input", "<= 1000000000"]),
+        (LOCAL + "    hosting: {usd_per_hour: .inf}\n", 6, ["models.small.hosting.usd_per_hour", "<= 1000000000"]),
+        ("cache: {ttl: .inf}\n", 1, ["cache.ttl", "<= 1000000000"]),
         ("ledger: [1]\n", 1, ["ledger", "off"]),
         ("ledger:\n  uri: x\n", 2, ["ledger.uri", "did you mean 'url'"]),
         ("ledger:\n  journal_bytes: 1\n", 2, ["ledger.journal_bytes", ">= 1048576"]),

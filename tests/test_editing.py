@@ -23,6 +23,8 @@ models:
         timeouts: {connect: 1}
 
     b: {engine: {simulator: {}}} # simulated
+    c:
+        endpoints: [{base_url: http://c/v1}]
 ledger: off # not `false`
 aliases:
     'x': a # quoted

@@ -285,6 +285,22 @@ def test_a_chat_is_not_resumed_where_an_endpoint_cannot_continue():
     run(tell())
 
 
+@pytest.mark.parametrize("chain", [(), ("n",)])
+def test_nor_does_it_begin_anew_at_the_endpoint_where_it_broke(chain: tuple[str, ...]):
+    async def tell() -> None:
+        first = [*streamed(ROLE, event(content="a"), end=False), Step.RESET]
+        async with upstream(first, streamed(*events("never"))) as a, upstream(streamed(*events("never"))) as b:
+            m, n = (ModelSettings(endpoints=(endpoint(up.address, continues=False),)) for up in (a, b))
+            config = Config(models={"m": m, "n": n}, fallbacks={"m": chain} if chain else {})
+            async with proxying(config) as proxy:
+                answer = await proxy.ask("m", stream=True)
+                assert '"error"' in answer.text
+                assert "never" not in answer.text
+                assert (len(a.requests), len(b.requests)) == (1, 0)
+
+    run(tell())
+
+
 def test_a_stream_whose_answer_is_whole_is_ended_by_us():
     first = [*streamed(*events("all of it")[:-1], end=False), Step.RESET]
 

@@ -205,7 +205,7 @@ def wish(routing=None, *headers):
         ({"budget_limit": -1}, "routing.budget_limit", ">= 0"),
         ({"budget": 1}, "routing.budget", "did you mean 'budget_limit'"),
         ({"prefer": "price"}, "routing.prefer", "none of balanced, cost"),
-        ({"requirements": {"languages": ["Russian"]}}, "routing.requirements.languages[0]", "^[a-z]{2,3}$"),
+        ({"requirements": {"languages": ["Russian"]}}, "routing.requirements.languages[0]", "a code of ISO 639"),
         ({"requirements": {"modalities": ["smell"]}}, "routing.requirements.modalities[0]", "image"),
         ({"requirements": {"tols": True}}, "routing.requirements.tols", "did you mean 'tools'"),
         ({"requirements": {"max_tokens": 0}}, "routing.requirements.max_tokens", ">= 1"),

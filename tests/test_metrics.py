@@ -331,6 +331,16 @@ def test_the_tokens_of_a_hosted_engine_cost_what_its_machine_does(clock: Clock):
     assert prices.cost("local", "local/1", usage) is None
 
 
+def test_the_first_request_of_a_hosted_engine_costs_what_its_machine_does_meanwhile(sink: Recorded, clock: Clock):
+    prices = Prices(HOSTED, Metrics(HOSTED, clock=clock).throughput)
+    exchange = Exchange(sink, "chat", clock, prices)
+    exchange.model = "local"
+    clock.tick(30.0)  # until the engine was there
+    exchange.begin("local/0")
+    clock.tick(2.0)
+    assert exchange.cost(Usage(tokens_in=25, tokens_out=100)) == pytest.approx(2.0)
+
+
 def test_what_is_known_to_cost_something_is_added_up():
     metrics = Metrics(CONFIG)
     for usd in (0.25, None, 0.5):

@@ -239,6 +239,53 @@ def test_aliases_keys_and_limits_are_those_of_the_newest_configuration(server: S
     assert everywhere(server, chat("gpt-4o")) == {200}
 
 
+def cached(server: Server, prompt: str) -> set[str]:
+    """Return what the cache does for a prompt, on many connections, once each worker has had its turn."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    body = {"model": "fast", "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+
+    def ask() -> str:
+        url = server.base_url + "/v1/chat/completions"
+        return httpx2.post(url, json=body, headers=headers, timeout=20).headers.get("x-polyvox-cache", "none")
+
+    for _ in range(12):
+        ask()
+    return {ask() for _ in range(6)}
+
+
+def test_the_cache_is_that_of_the_newest_configuration_and_goes_on_counting(server: Server, remotes: tuple[str, str]):
+    wanted = configuration(remotes)
+    configure(server, wanted)
+    assert cached(server, "kept") == {"hit"}
+    hits = admin(server, "GET", "/admin/cache").json()["hit"]
+    wanted["cache"] = {"when": "never"}  # type: ignore[dict-item]
+    assert configure(server, wanted) == {"added": [], "removed": [], "changed": ["cache.when"], "restart": []}
+    assert cached(server, "kept") == {"bypass"}
+    assert admin(server, "GET", "/admin/cache").json()["hit"] >= hits
+    wanted["cache"] = False  # type: ignore[dict-item]
+    configure(server, wanted)
+    assert cached(server, "kept") == {"none"}
+    assert admin(server, "GET", "/admin/cache").status_code == 404
+    configure(server, configuration(remotes))
+    assert cached(server, "kept") == {"hit"}
+
+
+def test_a_generation_that_is_shared_is_ended_well_though_the_cache_becomes_another(
+    server: Server, remotes: tuple[str, str]
+):
+    wanted = configuration(remotes)
+    configure(server, wanted)
+    body = {"model": "slow", "temperature": 0, "stream": True, **ASK}
+    headers, url = {"authorization": f"Bearer {KEY}"}, server.base_url + "/v1/chat/completions"
+    with httpx2.stream("POST", url, json=body, headers=headers, timeout=30) as answer:
+        pieces = answer.iter_text()
+        begun = next(pieces)
+        wanted["cache"] = {"ttl": 5}  # type: ignore[dict-item]
+        configure(server, wanted)
+        assert (begun + "".join(pieces)).endswith("data: [DONE]\n\n")
+    configure(server, configuration(remotes))
+
+
 def test_groups_presets_and_ensembles_come_and_go(server: Server, remotes: tuple[str, str]):
     wanted, system = configuration(remotes), "Answer shortly."
     wanted["aliases"] |= {"both": {"any_of": ["fast", "remote"]}, "short": {"model": "remote", "system": system}}

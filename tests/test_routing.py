@@ -232,6 +232,49 @@ def test_requirements_hold_for_a_model_that_is_asked_for_by_name_as_well() -> No
     tell(story)
 
 
+@pytest.mark.parametrize(
+    ("header", "value", "said"),
+    [
+        ("x-polyvox-task", "lgal", "there is no task 'lgal'; did you mean 'legal'?"),
+        ("x-polyvox-languages", "ru, JA", "expected a code of ISO 639 in small letters"),
+        ("x-polyvox-region", "e u", "expected a name of 1 to 64 letters"),
+        ("x-polyvox-prefer", "cheap", "none of balanced, cost, order, quality, speed"),
+        ("x-polyvox-explain", "2", "none of 1, 0"),
+    ],
+)
+def test_a_header_that_is_no_wish_is_refused_by_its_name(header: str, value: str, said: str) -> None:
+    async def story(proxy: Proxy, upstreams: Upstreams) -> None:
+        body = {"model": "auto", "messages": asks("hi")}
+        answer = await proxy.client.post("/v1/chat/completions", json=body, headers={header: value})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_routing", header)
+        assert said in error["message"]
+
+    tell(story)
+
+
+@pytest.mark.parametrize("name", ["large", "large-too"])
+def test_headers_hold_for_a_model_that_is_asked_for_by_name_as_well(name: str) -> None:
+    async def story(proxy: Proxy, upstreams: Upstreams) -> None:
+        body = {"model": name, "messages": asks("hi")}
+        refused = await proxy.client.post("/v1/chat/completions", json=body, headers={"x-polyvox-region": "eu"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_suitable_model")
+        assert not upstreams["large"].requests
+        answer = await proxy.client.post("/v1/chat/completions", json=body, headers={"x-polyvox-explain": "1"})
+        assert [c["model"] for c in json.loads(answer.headers["x-polyvox-route"])["candidates"]] == ["large"]
+
+    tell(story, aliases={"large-too": "large"})
+
+
+def test_where_only_a_chain_suits_the_reason_says_so() -> None:
+    async def story(proxy: Proxy, upstreams: Upstreams) -> None:
+        why = await explained(proxy, model="large", prompt="hi", routing={"requirements": {"region": "eu"}})
+        assert why["model"] == "middle"
+        assert why["reason"].endswith("none of the candidates can serve it, middle stands in")
+
+    tell(story, fallbacks={"large": ("middle",)})
+
+
 @pytest.mark.parametrize("routing", [{"complexty": 1}, {"task_type": "lgal"}, 5, {"complexity": "hard"}])
 def test_wishes_that_are_none_are_refused_by_field(routing: Any) -> None:
     async def story(proxy: Proxy, upstreams: Upstreams) -> None:

@@ -114,7 +114,7 @@ def test_the_command_finds_a_key_in_the_configuration(route: Run, server: Server
 def test_without_a_server_the_command_says_so(route: Run, tmp_path: object) -> None:
     done = route("hi", POLYVOX_STATE_DIR=str(tmp_path))
     assert done.returncode == 3
-    assert route("hi", "--url", "http://127.0.0.1:9").returncode == 1
+    assert route("hi", "--url", "http://127.0.0.1:9").returncode == 3
 
 
 def test_a_price_is_worked_out_from_what_the_engine_does(server: Server) -> None:

@@ -11,7 +11,7 @@ from proxy.errors import ConfigError
 from proxy.routing import features, tasks
 from proxy.routing.features import Judge
 from proxy.routing.wishes import Wishes
-from tests.labelled_tasks import LABELLED, TRICKY
+from tests.labelled_tasks import EVERYDAY, LABELLED, TRICKY
 
 TABLE = tasks.tasks()
 
@@ -20,6 +20,16 @@ TABLE = tasks.tasks()
 def test_most_prompts_are_given_the_task_that_a_reader_gives_them(task):
     right = [tasks.classify(prompt, TABLE) == task for prompt in LABELLED[task]]
     assert sum(right) / len(right) >= 0.85
+
+
+@pytest.mark.parametrize("task", EVERYDAY)
+def test_everyday_prompts_are_given_their_task_in_all_three_languages(task):
+    wrong = [prompt for prompt in EVERYDAY[task] if tasks.classify(prompt, TABLE) != task]
+    assert len(wrong) <= 0.1 * len(EVERYDAY[task]), wrong
+
+
+def test_an_english_word_is_known_with_japanese_right_behind_it():
+    assert tasks.classify("Pythonで逆順にする方法", TABLE) == "code"
 
 
 @pytest.mark.parametrize(("task", "prompt"), TRICKY)

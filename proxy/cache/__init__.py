@@ -105,6 +105,10 @@ class Store(Protocol):
 
     def stats(self) -> "Awaitable[Stats] | Stats": ...
 
+    def told(self) -> Stats:
+        """Return what it knows without asking anybody."""
+        ...
+
     async def close(self) -> None:
         """Give back what it holds open."""
         ...

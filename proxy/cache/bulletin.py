@@ -62,10 +62,13 @@ def parse(asked: Mapping[str, str], model_called: Callable[[str], str]) -> Purge
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What the caches of all workers hold and have done. hit_rate: of requests that looked, with those that joined."""
+    """What the caches of all workers hold and have done. hit_rate: of requests that looked, with those that joined.
 
-    entries: int
-    bytes: int
+    entries, bytes: None where there are too many to count.
+    """
+
+    entries: int | None
+    bytes: int | None
     stored: int
     evicted: int
     hit: int
@@ -92,12 +95,18 @@ class Bulletin:
         self._counted = memoryview(self._memory)[: _COUNT.size].cast("Q")
         self.applied = self._counted[0]
         self._dropped = 0
-        # What the worker that had this row before has counted.
-        self._before = (0,) * _WIDTH if self._at is None else _ROW.unpack_from(self._memory, self._at)
-        self.kept(Stats(0, 0, 0, 0), {})
+        # What was counted in this row before, by another worker or another cache.
+        self._before = (0,) * _WIDTH
+        self.carry()
 
     def __repr__(self) -> str:
         return f"<Bulletin of {self._workers} workers, {self._counted[0]} purges>"
+
+    def carry(self) -> None:
+        """Another cache begins to count, at nothing: what was counted so far is kept."""
+        if self._at is not None:
+            self._before = _ROW.unpack_from(self._memory, self._at)
+        self.kept(Stats(0, 0, 0, 0), {})
 
     def kept(self, stats: Stats, results: Mapping[str, int]) -> None:
         """Tell what the store of this worker holds, and how often it gave each of CACHE_RESULTS."""

@@ -68,6 +68,8 @@ class MemoryStore:
     def stats(self) -> Stats:
         return Stats(len(self._entries), self._bytes, self._stored, self._evicted)
 
+    told = stats
+
     async def close(self) -> None:
         self._entries.clear()
         self._bytes = 0

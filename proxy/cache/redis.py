@@ -25,11 +25,13 @@ _CONNECTIONS = 256  # of one worker, at most
 _BATCH = 500  # keys that one step of a purge looks at
 _COUNTED = 100_000  # keys that are counted for statistics; more are too many to look at
 
-# One round trip: the entry; or that it is being generated; or else a token for who asked.
+# One round trip: the entry; or that it is being generated; or else a token for who asked. What has no end, or a later
+# one than a lease, is no claim of ours, and would keep all others waiting.
 _CLAIM = """
 local entry = redis.call('GET', KEYS[1])
 if entry then return entry end
-if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+local left = redis.call('PTTL', KEYS[2])
+if left > 0 and left <= tonumber(ARGV[1]) then return 0 end
 local token = redis.call('INCR', KEYS[3])
 redis.call('SET', KEYS[2], token, 'PX', ARGV[1])
 return token
@@ -134,14 +136,19 @@ class RedisStore:
             dropped += await self._redis.unlink(*found) if found else 0
         return dropped
 
+    async def ping(self) -> None:
+        """See Remote.ping."""
+        await self._redis.ping()
+
     async def stats(self) -> Stats:
-        """Count the entries, None where there are too many to look at."""
-        entries: int | None = 0
+        """Count the entries and their bytes, None where there are too many to look at."""
+        entries = size = 0
         async for keys in self._batches(_entry(b"")):
-            entries = entries + len(keys) if entries is not None and entries < _COUNTED else None
-            if entries is None:
-                break
-        return Stats(entries, None, self._stored, 0)
+            entries += len(keys)
+            if entries > _COUNTED:
+                return Stats(None, None, self._stored, 0)
+            size += await self._sizes(keys)
+        return Stats(entries, size, self._stored, 0)
 
     async def close(self) -> None:
         """Give the connections back."""
@@ -155,6 +162,12 @@ class RedisStore:
                 yield keys
             if not cursor:
                 return
+
+    async def _sizes(self, keys: list[Any]) -> int:
+        pipeline = self._redis.pipeline(transaction=False)
+        for key in keys:
+            pipeline.strlen(key)
+        return sum(size for size in await pipeline.execute(raise_on_error=False) if isinstance(size, int))
 
     async def _of_model(self, keys: list[Any], model: str) -> list[Any]:
         head = _head(model)

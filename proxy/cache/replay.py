@@ -23,6 +23,7 @@ Cost = Callable[[Usage], float | None]
 _decode = msgspec.json.Decoder(Object).decode
 _encode = msgspec.json.encode
 _DONE = b"data: [DONE]\n\n"
+_TURNS = {"content": 1, "function_call": 2, "tool_calls": 2}  # models reason first, and call tools when all is said
 _SMALL, _MOST = 64 * 1024, 128  # bytes of an answer of which what was made is kept, and how many such: 16 MiB in all
 _WORDS = re.compile(r"\s*\S+\s?|\s+").findall
 # Of what these are called, the last that was said counts. Other texts and lists go on with what was said before.
@@ -156,12 +157,11 @@ def _deltas(choice: Object, *, pieces: bool) -> Iterator[Object]:
     yield chunk({"role": message.pop("role", "assistant"), "content": ""})
     if calls := message.get("tool_calls"):
         message["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
-    content = message.pop("content", None)
-    said = [(n, part) for n, v in message.items() if v is not None for part in _parts(v, pieces=pieces)]
-    said += [("content", part) for part in _parts(content, pieces=pieces) if part]
-    for name, part in said:
-        yield chunk({name: part}, logprobs)
-        logprobs = None
+    for name in sorted(message, key=lambda name: _TURNS.get(name, 0)):
+        for part in _parts(message[name], pieces=pieces):
+            if part is not None and (part != "" or name != "content"):
+                yield chunk({name: part}, logprobs if name == "content" else None)
+                logprobs = None if name == "content" else logprobs
     yield {**choice, **chunk({}, logprobs, finish)}
 
 

@@ -10,7 +10,7 @@ from proxy.secret import Secret
 Scope = Literal["key", "shared"]
 When = Literal["deterministic", "always", "never"]
 Size = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^[0-9]{1,12} ?([KMG]i?B)?$")]
-Ttl = Annotated[float, Meta(gt=0)]
+Ttl = Annotated[float, Meta(gt=0, le=1e9)]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MiB = 2**20

@@ -67,6 +67,10 @@ class Remote(Protocol):
 
     async def stats(self) -> Stats: ...
 
+    async def ping(self) -> None:
+        """Return if it answers at all."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -84,12 +88,13 @@ class Shield:
         self._lease = lease
         self._clock = clock
         self._chance = chance
-        # All mutable state: whether the store is asked at all, and why it was not well last; whether it takes entries;
-        # the calls that go on, what is done behind, and the bytes that this puts; the claims we hold, with when we got
-        # them, and who renews them.
+        # All mutable state: whether the store is asked at all, and why it was not well last; whether it takes entries,
+        # and how many it took; the calls that go on, what is done behind, and the bytes that this puts; the claims we
+        # hold, with when we got them, and who renews them.
         self._breaker = Breaker(_BREAKER, chance, self._changed)
         self._trouble = ""
         self._takes_entries = True
+        self._stored = 0
         self._calls: set[asyncio.Task[Any]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._putting = 0
@@ -136,11 +141,15 @@ class Shield:
 
     async def purge(self, model: str | None = None, prefix: bytes = b"") -> int:
         """See Store.purge. Raises StoreUnavailable."""
-        return await self._for_admin(self._store.purge(model, prefix))
+        return await self._for_admin(self._store.purge, model, prefix)
 
     async def stats(self) -> Stats:
         """See Store.stats. Raises StoreUnavailable."""
-        return await self._for_admin(self._store.stats())
+        return await self._for_admin(self._store.stats)
+
+    def told(self) -> Stats:
+        """See Store.told."""
+        return Stats(None, None, self._stored, 0)
 
     async def close(self) -> None:
         """End the calls that go on, and give the connections back."""
@@ -182,6 +191,7 @@ class Shield:
         self._putting += entry.size()
         try:
             if await self._ask(self._store.put, key, entry, claim, late=Outcome.NEUTRAL):
+                self._stored += 1
                 self._note_room("")
         finally:
             self._putting -= entry.size()
@@ -192,10 +202,13 @@ class Shield:
             return Outcome.SUCCESS
         return Outcome.SUCCESS if error is None else Outcome.FAILURE
 
-    async def _for_admin(self, call: Awaitable[T]) -> T:
+    async def _for_admin(self, call: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Return what a call returns that may take long, but not to begin."""
         try:
+            async with asyncio.timeout(_LONGEST):
+                await self._store.ping()
             async with asyncio.timeout(_LONGEST_FOR_ADMIN):
-                return await call
+                return await call(*args)
         except Exception as e:  # whatever a driver raises; its words may have addresses
             raise StoreUnavailable from e
 

@@ -168,7 +168,9 @@ def show_cache(report: dict[str, Any] | None) -> None:
         return
     rate = "-" if report["hit_rate"] is None else f"{report['hit_rate']:.1%}"
     names = ("entries", "bytes", "stored", "evicted", "hit", "joined", "miss", "bypass")
-    print_table((*map(str.upper, names), "HIT RATE"), [(*(report[name] for name in names), rate)])
+    print_table(
+        (*map(str.upper, names), "HIT RATE"), [(*("-" if report[n] is None else report[n] for n in names), rate)]
+    )
 
 
 def fail(message: str, code: int) -> "SystemExit":

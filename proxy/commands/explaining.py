@@ -10,7 +10,7 @@ import msgspec
 
 from proxy import config
 from proxy.commands.console import print_table
-from proxy.errors import ConfigError, ServeError
+from proxy.errors import ConfigError, NoServer, ServeError
 
 _TIMEOUT = 30.0  # seconds
 
@@ -56,7 +56,7 @@ def _number(text: str) -> float | str:
 
 
 def ask(question: Question) -> dict[str, Any]:
-    """Return the server's explanation. Raises ServeError with what it says where it refuses, or is not there."""
+    """Return the server's explanation. Raises ServeError with what it says where it refuses, NoServer."""
     body: dict[str, Any] = {"model": question.model, "messages": [{"role": "user", "content": question.prompt}]}
     if question.routing:
         body["routing"] = question.routing
@@ -65,7 +65,7 @@ def ask(question: Question) -> dict[str, Any]:
     try:
         answer = httpx2.post(url, json=body, headers=headers, timeout=_TIMEOUT, trust_env=False)
     except (httpx2.HTTPError, httpx2.InvalidURL) as e:
-        raise ServeError(f"no answer from {url}: {e}") from None
+        raise NoServer(f"no answer from {url}: {e}") from None
     if answer.status_code != 200:
         raise ServeError(f"the server refuses it: {_said(answer)}")
     found: dict[str, Any] = answer.json()

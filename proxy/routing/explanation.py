@@ -18,7 +18,7 @@ def full(plan: Plan, models: Sequence[str], asked: str) -> dict[str, Any]:
     return {
         "asked": asked,
         "model": next(iter(models), None),
-        "reason": plan.reason,
+        "reason": _reason(plan, models),
         "task": f.task,
         "complexity": None if f.complexity is None else round(f.complexity, 4),
         "level": f.level,
@@ -38,7 +38,7 @@ def header(plan: Plan, models: Sequence[str]) -> bytes:
     f = plan.features
     candidates = [_short(option) for option in plan.options]
     told = {
-        "reason": plan.reason,
+        "reason": _reason(plan, models),
         "task": f.task,
         "level": f.level,
         "complexity": None if f.complexity is None else round(f.complexity, 4),
@@ -48,6 +48,10 @@ def header(plan: Plan, models: Sequence[str]) -> bytes:
     while len(value := json.dumps(told, separators=(",", ":")).encode()) > _LONGEST and candidates:
         candidates.pop()
     return value
+
+
+def _reason(plan: Plan, models: Sequence[str]) -> str:
+    return f"{plan.reason}, {models[0]} stands in" if models and not plan.models else plan.reason
 
 
 def _option(option: Option) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import msgspec
 from proxy import forbidden
 from proxy.limits import Limits
 from proxy.providers import Asked
-from proxy.registry import Group, Model, Preset, Registry
+from proxy.registry import Ensemble, Group, Model, Preset, Registry
 from proxy.routing import explanation, presets, wishes
 from proxy.routing.dispatch import Dispatcher, Inquiry
 
@@ -53,18 +53,24 @@ class Placing:
         target: what the name stands for. only: the models that its key may have, None for all.
 
         1. Put a preset in.
-        2. A model answers by itself, as long as nothing is demanded of it.
+        2. A model answers by itself, as long as nothing is demanded of it, or asked about it.
         3. The router chooses.
         """
         if isinstance(target, Preset):  # 1
             asked, target = with_preset(asked, target), target.of
         fields = asked.envelope.fields
-        if isinstance(target, Model) and wishes.FIELD not in fields:  # 2
+        if isinstance(target, Model) and not wishes.are_in(fields, asked.headers):  # 2
             forbidden.check(fields, target.policy, self._limits)
             chain = registry.chains.get(name, ())
             return Placed(asked, target, chain if only is None else tuple(m for m in chain if m in only))
         inquiry = Inquiry(asked.path, fields, asked.headers, name, only)
         return _routed(asked, target, registry, self._dispatcher, inquiry)  # 3
+
+    def called(self, registry: Registry, name: str, asked: Asked) -> Placed:
+        """Find the place of a request that we make ourselves, of a model by any of its names. Raises RequestError."""
+        target = registry.resolve(name)
+        assert not isinstance(target, Ensemble), "the configuration names no ensemble here"
+        return self.place(registry, name, target, asked)
 
 
 def _routed(

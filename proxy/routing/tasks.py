@@ -23,59 +23,80 @@ _HEAD, _TAIL, _ENOUGH = 1000, 500, 8
 
 PATTERNS: dict[str, tuple[str, ...]] = {
     "translation": (
-        r"\b(?:translat(?:e|ed|ing|ion)|how (?:do|would|can) (?:you|i|we) say)\b",
-        r"\b(?:перевед\w*|перевести|перевод\w* (?:на|с|эт\w+|текст\w*)|как (?:будет|сказать) по-\w+)",
-        r"翻訳|和訳|英訳|(?:語|文)[にへ]訳|訳して|訳せ",
+        r"\b(?:translat(?:e|ed|ing|ion)|how (?:do|would|can) (?:you|i|we) say|"
+        r"(?:what is|what's|say|word for|means?) .{1,60} in (?:english|french|german|spanish|italian|portuguese|"
+        r"dutch|polish|turkish|greek|latin|arabic|hindi|russian|ukrainian|japanese|chinese|korean)\b)",
+        r"\b(?:перевед\w*|перевести|перевод\w* (?:на|с|эт\w+|текст\w*)|как (?:будет|сказать|пишется)\b.{0,60} по-\w+)",
+        r"翻訳|和訳|英訳|(?:語|文)[にへ]訳|語に直し|語で(?:何|なん|どう|言)|訳して|訳せ",
     ),
     "classification": (
-        r"\b(?:classif(?:y|ication)|categori[sz]e|sentiment|label (?:each|the|these|this|it)|spam|"
-        r"(?:which|what) (?:category|class|label)\b)",
-        r"\b(?:классифиц\w+|тональност\w*|как\w+ категори\w+|отнеси к|спам\w*)",
-        r"分類|カテゴリ|判定|ポジティブ|ネガティブ|スパム|ラベル",
+        r"\b(?:classif(?:y|ication)|categori[sz]e|sentiment|(?:label|tag) (?:each|the|these|this|it)|spam|"
+        r"positive(?:,| or| and|/) ?(?:neutral|negative)|(?:which|what) (?:category|class|label|department)\b)",
+        r"\b(?:классифиц\w+|тональност\w*|(?:как|к как)\w+ категори\w+|определи\w* (?:категори|класс|тип|тем)\w+|"
+        r"отнеси к|позитивн\w+ или|положительн\w+ или|спам\w*)",
+        r"分類|カテゴリ|判定|判別|ポジティブ|ネガティブ|肯定的|スパム|ラベル",
     ),
     "code": (
         r"```|\b(?:def \w+\(|class \w+[:({]|import \w+|select .{1,80} from\b|for \w+ in \w+\()|#include|"
-        r"\(\w*\);|exception\b",
-        r"\b(?:python|java(?:script)?|typescript|c\+\+|c#|rust|golang|sql|html|css|bash|regex|docker\w*|kubernetes|git|"
-        r"api|json|yaml|react|node\.js|django|numpy|pandas|compiler?|debug\w*|refactor\w*|source code|codebase|"
-        r"programm(?:e|ing)|algorithm|unit tests?|stack ?trace|segmentation fault|pull request)\b",
-        r"\b(?:write|implement|fix|review|optimi[sz]e|test|call)\b.{0,40}\b(?:function|class|code|script|method|program)\b",
-        r"\b(?:код(?:а|е|ом|у)?|функци\w+ на|программ(?:а|у|ы|ный|ировани\w+)|скрипт\w*|алгоритм\w*|компилятор\w*|"
-        r"отлад\w+|рефактор\w+|баг(?:а|и|ов)?)\b",
-        r"コード|プログラム|関数を|実装|バグ|デバッグ|スクリプト|アルゴリズム|コンパイル|コミット",
+        r"\(\w*\);|exception\b|\b\w+error:|\bundefined\b",
+        r"\b(?:python|java(?:script)?|typescript|kotlin|c\+\+|c#|rust|golang|sql|html|css|bash|regex|docker\w*|"
+        r"kubernetes|git|api|json|yaml|react|node\.js|npm|django|flask|numpy|pandas|dataframe|compiler?|debug\w*|"
+        r"refactor\w*|source code|codebase|programm(?:e|ing)|algorithm|unit tests?|stack ?trace|segmentation fault|"
+        r"pull request|merge conflict|race condition|deadlock|mutex|recursion|linked list|hash ?map|binary (?:search|"
+        r"tree)|(?:for|while|my|the) loop|data ?base|backend|frontend|localhost)\b",
+        r"\b(?:write|implement|fix|review|optimi[sz]e|test|call)\b.{0,40}\b(?:function|class|code|script|method|"
+        r"program)\b",
+        r"\b(?:код(?:а|е|ом|у)?|функци\w+ на|программ(?:а|у|ы|ный|ировани\w+)|скрипт\w*|алгоритм\w*|компил\w+|питон\w*|"
+        r"отлад\w+|рефактор\w+|баг(?:а|и|ов)?|массив\w*|баз\w+ данных|репозитори\w+|регулярн\w+ выражени\w+)\b",
+        r"コード|プログラム|関数を|実装|バグ|デバッグ|スクリプト|アルゴリズム|コンパイル|コミット|クエリ|データベース|正規表現|"
+        r"配列|例外",
     ),
     "math": (
-        r"[\^=] ?[-\d(]|\d ?[+*/×÷] ?\d|\\(?:frac|int|sum|sqrt)|\$[^$]+\$",
+        r"[\^=] ?[-\d(]|\d ?[+*/×÷] ?\d|\d ?% of|\\(?:frac|int|sum|sqrt)|\$[^$]+\$",
         r"\b(?:solve|prove|comput(?:e|es|ing)|calculat\w+|equations?|integrals?|derivatives?|theorem|polynomial|"
-        r"probabilit(?:y|ies)|matri(?:x|ces)|eigenvalues?|irrational|square root|geometry|algebra|modulo|factorial)\b",
+        r"probabilit(?:y|ies)|matri(?:x|ces)|eigenvalues?|irrational|square root|geometry|algebra|modulo|factorial|"
+        r"percent(?:age)? of|divided by|multipl(?:y|ied)|factori[sz]e|radius|circumference|hypotenuse|(?:prime|"
+        r"odds) of)\b",
         r"\b(?:what is|find|determine) the (?:\w+ )?(?:sum|product|average|value|area|perimeter|volume|ratio|number|"
         r"degree)\b|\bintegers?\b|\d.{0,200}\bhow (?:many|much|far|fast|old|long)\b",
         r"\b(?:реши\w*|вычисл\w+|посчита\w+|рассчита\w+|докаж\w+|доказат\w+|уравнени\w+|интеграл\w*|производн\w+|"
-        r"теорем\w+|вероятност\w+|матриц\w+|корень из)",
-        r"計算|数式|方程式|微分|積分|証明|確率|行列|解いて|合計|因数分解|平方根",
+        r"теорем\w+|вероятност\w+|матриц\w+|корень из|умнож\w+|сколько будет|процент\w* (?:от|из|составля\w+)|"
+        r"периметр\w*|радиус\w*|площадь (?:круг|треугольник|квадрат|прямоугольник)\w+)",
+        r"計算|数式|方程式|微分|積分|証明|確率|行列|解いて|合計|因数分解|平方根|面積|体積|半径|掛け算|割り算|足し算|引き算|の和を|パーセントは",
     ),
     "medical": (
         r"\b(?:symptoms?|diagnos\w+|treatments?|treated|disease|patients?|doctor|medicines?|medications?|dos(?:e|age)|"
-        r"ibuprofen|aspirin|antibiotics?|warfarin|insulin|blood pressure|cancer|diabetes|anemia|asthma|infection|"
-        r"surgery|vaccin\w+|side effects?|pregnan\w+|clinical)\b",
+        r"ibuprofen|paracetamol|acetaminophen|aspirin|antibiotics?|antidepressants?|warfarin|insulin|"
+        r"blood (?:pressure|test|sugar)|cholesterol|cancer|diabetes|anemia|asthma|infection|surgery|vaccin\w+|"
+        r"side effects?|pregnan\w+|clinical|(?:head|stomach|tooth|back)aches?|migraines?|fever|cough(?:ing)?|nausea|"
+        r"rash|allerg(?:y|ies|ic)|sore throat|(?:chest|back|knee|joint) pain|dizz(?:y|iness)|the flu)\b",
         r"\b(?:симптом\w*|диагно\w+|лечени\w+|лечит\w*|болезн\w+|врач\w*|лекарств\w+|таблет\w+|парацетамол\w*|"
-        r"антибиотик\w*|давлени\w+|беременн\w+|пневмони\w+|гастрит\w*|диабет\w*|пациент\w*|побочн\w+)",
-        r"症状|診断|医療|治療|薬|病気|副作用|血圧|患者|手術|感染|ワクチン|糖尿病|医師",
+        r"ибупрофен\w*|аспирин\w*|антибиотик\w*|давлени\w+|беременн\w+|пневмони\w+|гастрит\w*|диабет\w*|пациент\w*|"
+        r"побочн\w+|температур\w+ 3\d|боли(?:т|шь)\b|кашел\w*|кашля\w*|зубн\w+ бол\w+|насморк\w*|простуд\w*|"
+        r"аллерги\w+|анализ(?:ы|ов)? (?:крови|мочи|сда\w+)|тошнот\w+)",
+        r"症状|診断|医療|治療|薬|病気|副作用|血圧|患者|手術|感染|ワクチン|糖尿病|医師|頭痛|腹痛|腰痛|発熱|熱があ|妊娠|風邪|"
+        r"アレルギー|吐き気|が痛",
     ),
     "legal": (
-        r"\b(?:law(?:s|suit|yer)?|legal(?:ly)?|contracts?|clauses?|lease|landlord|tenant|court|sue|plaintiff|defendant|"
-        r"statut\w+|liab(?:le|ility)|felony|misdemeanor|copyright|non-disclosure|attorney|gdpr|breach)\b",
+        r"\b(?:law(?:s|suit|yer)?|legal(?:ly)?|contracts?|clauses?|lease|landlord|tenant|evict\w*|court|sued?|"
+        r"plaintiff|defendant|statut\w+|liab(?:le|ility)|felony|misdemeanor|copyright\w*|trademark\w*|patent(?:s|"
+        r"ed)?|non-disclosure|attorney|gdpr|breach|(?:rental|prenuptial|settlement|employment) agreement|divorc\w+|"
+        r"alimony|custody|inheritance|(?:my|tenants?'?|legal|consumer) rights|wrongful\w*|fired without|warrant|"
+        r"police)\b",
         r"\b(?:стать(?:я|и|е|ю|ёй|ей) \d+|ук рф|гк рф|тк рф|коап|договор\w*|закон(?:а|у|ом|е|ы|ов|но)?\b|"
-        r"иск(?:а|ом|овое)?\b|суд(?:а|е|у|ом|ебн\w+)?\b|юрис\w+|ответственност\w+|расторг\w+|работодател\w+|наследств\w+|"
-        r"прав[ао] собственности)",
-        r"法律|契約|規則|条項|著作権|民法|刑法|訴訟|裁判|弁護士|損害賠償|侵害|法的",
+        r"иск(?:а|ом|овое)?\b|суд(?:а|е|у|ом|ебн\w+)?\b|юрис\w+|ответственност\w+|расторг\w+|работодател\w+|"
+        r"наследств\w+|прав[ао] (?:собственности|потребител\w+)|уволи\w+|алимент\w+|развод[аеу]?\b|нотариус\w*|"
+        r"завещани\w+|штраф\w*|доверенност\w+|патент\w*|товарн\w+ знак\w*)",
+        r"法律|契約|規則|条項|著作権|民法|刑法|訴訟|裁判|弁護士|損害賠償|侵害|法的|違法|訴え|解雇|離婚|慰謝料|相続|遺言|特許|商標",
     ),
     "creative": (
-        r"\b(?:write|compose|invent|create|make up|tell|continue|give|draft)\b.{0,60}\b(?:stor(?:y|ies)|poems?|haiku|"
-        r"novel|fairy ?tale|lyrics|screenplay|sonnet|limerick|monologue|dialogue|song|plot)\b|"
-        r"\b(?:haiku|limerick|fan ?fiction)\b",
-        r"\b(?:сочини\w*|стих\w*|рассказ(?:а|ик|ы)?\b|сказк\w+|поэм\w+|роман(?:а|е)?\b|придума\w+|сценари\w+|песн\w+)",
-        r"物語|詩|小説|創作|俳句|短歌|歌詞|童話|脚本",
+        r"\b(?:write|compose|invent|create|make up|come up with|tell|continue|give|draft)\b.{0,60}\b(?:stor(?:y|ies)|"
+        r"backstory|poems?|haiku|novel|fairy ?tale|lyrics|screenplay|sonnet|limerick|monologue|dialogue|song|plot|"
+        r"toast|slogans?|jokes?|rhym\w+|fable|riddles?|verses?|superhero|villain)\b|\b(?:haiku|limerick|"
+        r"fan ?fiction)\b",
+        r"\b(?:сочини\w*|стих\w*|рассказ(?:а|ик|ы)?\b|сказк\w+|поэм\w+|роман(?:а|е)?\b|придума\w+|сценари\w+|песн\w+|"
+        r"загадк\w+|слоган\w*|анекдот\w*|частушк\w+|басн\w+)",
+        r"物語|詩|小説|創作|俳句|短歌|歌詞|童話|脚本|川柳|キャッチコピー|セリフ|怪談",
     ),
 }  # fmt: skip
 WEIGHTS = {"translation": 4, "classification": 3, "code": 2, "creative": 2}
@@ -126,7 +147,9 @@ _SCRIPTS = (re.compile("[а-яё]"), re.compile("[\u3040-\u30ff\u3400-\u9fff]"))
 
 
 def _shipped(pattern: str) -> tuple[re.Pattern[str] | None, re.Pattern[str]]:
-    return next((script for script in _SCRIPTS if script.search(pattern)), None), re.compile(pattern)
+    script = next((script for script in _SCRIPTS if script.search(pattern)), None)
+    # In Japanese there is no space behind an English word: only for letters of ASCII it must end there.
+    return script, re.compile(pattern, re.ASCII if script is None else 0)
 
 
 def names(extra: Iterable[str] = ()) -> tuple[str, ...]:

@@ -8,8 +8,10 @@ from msgspec import Meta
 Kind = Literal["fast_cheap", "balanced", "advanced", "specialized"]
 Modality = Literal["text", "image", "audio", "video"]
 Score = Annotated[float, Meta(ge=0, le=10)]
-Language = Annotated[str, Meta(pattern="^[a-z]{2,3}$")]
-Region = Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$")]
+Language = Annotated[str, Meta(pattern="^[a-z]{2,3}$", description="a code of ISO 639 in small letters, as en, ru, ja")]
+Region = Annotated[
+    str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$", description="a name of 1 to 64 letters, digits, dots, - and _, as eu")
+]
 
 
 class Traits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

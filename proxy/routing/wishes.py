@@ -63,6 +63,16 @@ class Wishes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _decode = msgspec.json.Decoder(Wishes).decode
 
 
+def are_in(fields: Mapping[str, msgspec.Raw], headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Say whether a request says anything of its routing."""
+    if FIELD in fields:
+        return True
+    for name, _ in headers:  # noqa: SIM110 - any() takes longer, and every request comes by here
+        if name in _NAMES:
+            return True
+    return False
+
+
 def read(
     fields: Mapping[str, msgspec.Raw], headers: Iterable[tuple[bytes, bytes]], tasks: Collection[str]
 ) -> tuple[Wishes, bool]:
@@ -71,16 +81,16 @@ def read(
     tasks: the names there are.
     """
     said = _of_body(fields.get(FIELD))
-    explain = False
+    in_body, explain = said.task_type is not None, False
     for name, value in headers:
         if name.startswith(b"x-polyvox-"):
             text = value.decode("latin-1").strip()
-            if name == b"x-polyvox-explain":
+            if name == _EXPLAIN:
                 explain = _flag(text)
             elif name in _HEADERS and text:
                 said = _with_header(said, name, text)
     if said.task_type is not None and said.task_type not in tasks:
-        raise _no_task(said.task_type, tasks)
+        raise _no_task("routing.task_type" if in_body else "x-polyvox-task", said.task_type, tasks)
     return said, explain
 
 
@@ -132,6 +142,8 @@ _HEADERS: dict[bytes, tuple[tuple[str, ...], Callable[[str], Any]]] = {
     b"x-polyvox-region": (("requirements", "region"), str),
     b"x-polyvox-languages": (("requirements", "languages"), _items),
 }
+_EXPLAIN = b"x-polyvox-explain"
+_NAMES = frozenset((*_HEADERS, _EXPLAIN))
 
 
 def _flag(text: str) -> bool:
@@ -145,10 +157,10 @@ def _worded(path: tuple[str | int, ...], said: str) -> str:
     return "expected 0 to 1, or simple, medium, complex" if path[-1:] == ("complexity",) else said
 
 
-def _no_task(task: str, tasks: Collection[str]) -> BadRequest:
+def _no_task(field: str, task: str, tasks: Collection[str]) -> BadRequest:
     near = difflib.get_close_matches(task, tasks, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; tasks: {', '.join(tasks)}"
-    return _bad("routing.task_type", f"there is no task {task[:100]!r}{hint}")
+    return _bad(field, f"there is no task {task[:100]!r}{hint}")
 
 
 def _bad(field: str, said: str) -> BadRequest:

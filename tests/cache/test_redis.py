@@ -142,6 +142,17 @@ def test_the_put_of_a_late_holder_is_refused(server):
     run(server, scenario)
 
 
+@pytest.mark.parametrize("seconds", [None, 3600])
+def test_a_claim_that_never_ends_or_too_late_keeps_nobody_waiting(server, seconds):
+    async def scenario(store, _):
+        server.client.set(f"{PREFIX}claim:{key().hex()}", 7, ex=seconds)
+        claim = await store.claim(key())
+        assert isinstance(claim, Claim)
+        assert await store.put(key(), entry(), claim)
+
+    run(server, scenario)
+
+
 def test_a_renewed_claim_lasts(server):
     async def scenario(store, _):
         claims = [await store.claim(key(name)) for name in ("a", "b")]

@@ -116,6 +116,23 @@ def test_a_document_survives_being_a_stream(messages: list[dict[str, Any]], piec
     assert json.loads(replay.document(entry(stream, stream=True), "m")) == whole
 
 
+def test_a_stream_of_a_document_reasons_first_then_speaks_and_then_calls_its_tools() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    message = {"role": "assistant", "tool_calls": [call], "content": "One moment.", "reasoning": "I need the time."}
+    choice = {"index": 0, "message": message, "logprobs": {"content": [TOKEN]}, "finish_reason": "tool_calls"}
+    document = json.dumps({"id": "1", "model": "m", "choices": [choice]}).encode()
+    stream = replay.events(entry(document, stream=False), "m", hide_usage=True)
+    told = [chunk["choices"][0] for chunk in chunks(stream)]
+    assert [list(part["delta"]) for part in told] == [
+        ["role", "content"],
+        ["reasoning"],
+        ["content"],
+        ["tool_calls"],
+        [],
+    ]
+    assert [part["logprobs"] is not None for part in told] == [False, False, True, False, False]
+
+
 def test_a_completion_survives_being_a_stream() -> None:
     logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0, -2.0], "text_offset": [0, 1], "top_logprobs": None}
     choice = {"index": 0, "text": "a b c", "logprobs": logprobs, "finish_reason": "length", "stop_reason": None}

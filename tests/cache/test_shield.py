@@ -2,14 +2,22 @@
 
 import asyncio
 import contextlib
+import json
 import time
 
 import pytest
 
 from proxy.cache import Claim
+from proxy.cache.bulletin import Bulletin
 from proxy.cache.redis import PREFIX, RedisStore, connect
+from proxy.cache.settings import CacheSettings
 from proxy.cache.shield import PATIENCE, Shield
+from proxy.cache.supervision import Supervision
+from proxy.cached import Cached
+from proxy.caching import store_elsewhere
+from proxy.config import Config
 from proxy.errors import StoreUnavailable
+from proxy.secret import Secret
 from tests.cache.entries import entry, key
 
 
@@ -203,6 +211,59 @@ def test_who_looks_after_a_store_that_is_away_is_told(server):
                 await shield.stats()
             with pytest.raises(StoreUnavailable):
                 await shield.purge()
+
+    asyncio.run(scenario())
+
+
+def test_who_looks_after_a_store_that_hangs_is_told_soon(server):
+    async def scenario():
+        async with shielded(server) as shield:
+            server.freeze()
+            async with asyncio.timeout(20):  # less than what a long purge may take
+                with pytest.raises(StoreUnavailable):
+                    await shield.stats()
+                with pytest.raises(StoreUnavailable):
+                    await shield.purge()
+            server.thaw()
+
+    asyncio.run(scenario())
+
+
+@contextlib.asynccontextmanager
+async def supervised(server):
+    """What looks after the caches of a server with one worker."""
+    config, bulletin = Config(cache=CacheSettings(store="redis", url=Secret(server.url))), Bulletin()
+    cached = Cached(Shield(RedisStore(connect(server.url), 5.0)), config.cache, bulletin)
+    looking = asyncio.create_task(cached.run())
+    try:
+        yield Supervision(lambda: config, bulletin, store_elsewhere)
+    finally:
+        looking.cancel()
+        await cached.close()
+
+
+def test_the_process_above_the_workers_counts_and_purges_what_all_of_them_share(server):
+    async def scenario():
+        async with shielded(server) as shield:
+            await put(shield, key(), entry())
+        async with supervised(server) as supervision:
+            status, told = await supervision.stats(b"")
+            report = json.loads(told)
+            assert (status, report["entries"]) == (200, 1)
+            assert report["bytes"] > len(entry().body)
+            assert await supervision.purge(b"{}") == (200, b'{"purged":1}')
+            assert json.loads((await supervision.stats(b""))[1])["entries"] == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_purge_of_a_store_that_is_away_is_not_said_to_be_done(server):
+    async def scenario():
+        server.kill()
+        async with supervised(server) as supervision:
+            for asked in (supervision.purge, supervision.stats):
+                status, told = await asked(b"{}")
+                assert (status, json.loads(told)["error"]["code"]) == (503, "cache_unavailable")
 
     asyncio.run(scenario())
 

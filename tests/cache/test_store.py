@@ -138,6 +138,8 @@ def test_statistics_count(run):
             await put(store, key(name), entry())
         stats = await settled(store.stats())
         assert (stats.entries, stats.stored, stats.evicted) == (3, 3, 0)
+        assert stats.bytes and stats.bytes >= 3 * len(entry().body)
+        assert store.told().stored == 3
 
     run(scenario)
 

@@ -17,6 +17,7 @@ from proxy.cache.bulletin import Bulletin
 from proxy.caching import make_cached
 from proxy.chat import Chat
 from proxy.config import Config
+from proxy.embedding import Means
 from proxy.endpoints import Endpoints
 from proxy.live import LiveRegistry
 from proxy.metrics import Metrics
@@ -25,6 +26,7 @@ from proxy.recovery import Recovery
 from proxy.registry import Endpoint
 from proxy.route import Ways
 from proxy.routing.dispatch import Dispatcher
+from proxy.routing.placing import Placing
 from proxy.shared import slots_of
 from proxy.transport.local import LocalTransport
 from tests.scraping import Page
@@ -50,9 +52,10 @@ class Proxy:
         ways = Ways(self.live, self.endpoints, self.transport_to, server.start_wait, config.limits, admission)
         bulletin = Bulletin()
         prices = Prices(config, self.metrics.throughput)
-        self.cached = make_cached(config, ways, bulletin, self.metrics, self.metrics, prices)
-        self.metrics.stores = self.cached.sums if self.cached else None
         dispatcher = Dispatcher(self.endpoints, config.limits, prices, self.metrics.tokens_per_second)
+        means = Means(ways, Placing(dispatcher, config.limits), prices)
+        self.cached = make_cached(config, lambda: means, bulletin, self.metrics, self.metrics)
+        self.metrics.stores = self.cached.sums if self.cached else None
         chat = Chat(ways, dispatcher, self.cached)
         api = Api(chat, self.live, self.metrics, config.server, prices)
         self.app = build_app(api, [], [])
