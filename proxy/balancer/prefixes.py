@@ -2,12 +2,13 @@
 
 A prompt is cut into blocks, and each gets the checksum of itself and all before it, so that one mark stands for a whole
 prefix (as in vLLM's and SGLang's own prefix caches). Blocks grow with the distance from the start: an eighth of it, so
-the error is an eighth at most, and a prompt of 100 KB has some fifty marks. CRC-32 is as fast as anything in CPython's
+the error is an eighth or half a kilobyte at most, and a prompt of 100 KB has 35 marks. CRC-32 is as fast as anything in CPython's
 standard library; a collision costs one request a less than ideal endpoint.
 """
 
 import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import inf
@@ -15,7 +16,7 @@ from zlib import crc32
 
 import msgspec
 
-_SMALLEST = 256  # bytes of a block
+_SMALLEST = 512  # bytes of a block
 _SHARE = 8
 _LONGEST = 8 * 1024 * 1024  # bytes; what is behind is taken for new
 
@@ -23,6 +24,7 @@ _LONGEST = 8 * 1024 * 1024  # bytes; what is behind is taken for new
 _FIELDS = ("tools", "system", "instructions", "messages", "prompt", "input")
 _MEDIA = re.compile(rb";base64,[A-Za-z0-9+/=]*")
 _MEDIA_MARK = b";base64,"
+_FEW = 32  # semicolons, between which a text is searched faster than for a word
 _MEDIA_BYTES = 4000  # that a picture counts for: a thousand tokens, whatever its size as a file
 
 
@@ -34,7 +36,7 @@ def _ends() -> tuple[int, ...]:
 
 
 _ENDS = _ends()
-_SPANS = tuple(pairwise((0, *_ENDS)))
+_BLOCKS = tuple(slice(start, end) for start, end in pairwise((0, *_ENDS)))
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -62,21 +64,24 @@ def read(fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> 
 
 
 def _size(text: bytes) -> int:
-    if _MEDIA_MARK not in text:
+    if not _has_media(text):
         return len(text)
     media = _MEDIA.findall(text)
     return len(text) - sum(map(len, media)) + _MEDIA_BYTES * len(media)
 
 
+def _has_media(text: bytes) -> bool:
+    """Say whether a text has media in it: prose has few semicolons, and to find each costs next to nothing."""
+    at = text.find(b";")
+    for _ in range(_FEW):
+        if at < 0 or text.startswith(_MEDIA_MARK, at):
+            return at >= 0
+        at = text.find(b";", at + 1)
+    return at >= 0 and _MEDIA_MARK in text
+
+
 def _marks(text: bytes, mark: int) -> list[int]:
-    marks, size = [], len(text)
-    view = memoryview(text)
-    for start, end in _SPANS:
-        if end > size:
-            break
-        mark = crc32(view[start:end], mark)
-        marks.append(mark)
-    return marks
+    return [mark := crc32(text[block], mark) for block in _BLOCKS[: bisect_right(_ENDS, len(text))]]
 
 
 class PrefixTable:

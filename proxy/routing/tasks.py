@@ -5,12 +5,12 @@ table. What asks for a thing to be done (translate, classify) weighs more than a
 """
 
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from proxy.errors import ConfigError
+from proxy.routing import reading
 
 GENERAL = "general"
 MAX_TASKS, MAX_PATTERNS, MAX_LENGTH = 32, 64, 500
@@ -18,8 +18,8 @@ MAX_TASKS, MAX_PATTERNS, MAX_LENGTH = 32, 64, 500
 OPERATIONS = ("embeddings", "rerank", "score", "classify", "pooling", "transcription", "tokenize",
               "detokenize")  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# Only the ends of a long text are read, and of many matches a few.
-_HEAD, _TAIL, _ENOUGH = 1000, 500, 8
+# Only the ends of a long text are read, so many bytes of each, and of many matches a few.
+_HEAD, _TAIL, _ENOUGH = 700, 400, 8
 
 PATTERNS: dict[str, tuple[str, ...]] = {
     "translation": (
@@ -49,7 +49,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"\b(?:solve|prove|comput(?:e|es|ing)|calculat\w+|equations?|integrals?|derivatives?|theorem|polynomial|"
         r"probabilit(?:y|ies)|matri(?:x|ces)|eigenvalues?|irrational|square root|geometry|algebra|modulo|factorial)\b",
         r"\b(?:what is|find|determine) the (?:\w+ )?(?:sum|product|average|value|area|perimeter|volume|ratio|number|"
-        r"degree)\b|\bintegers?\b|\d.{0,200}\bhow (?:many|much|far|fast|old|long)\b",
+        r"degree)\b|\bintegers?\b|\d[^\d\n]{0,200}?\bhow (?:many|much|far|fast|old|long)\b",
         r"\b(?:реши\w*|вычисл\w+|посчита\w+|рассчита\w+|докаж\w+|доказат\w+|уравнени\w+|интеграл\w*|производн\w+|"
         r"теорем\w+|вероятност\w+|матриц\w+|корень из)",
         r"計算|数式|方程式|微分|積分|証明|確率|行列|解いて|合計|因数分解|平方根",
@@ -136,8 +136,7 @@ def names(extra: Iterable[str] = ()) -> tuple[str, ...]:
 
 def classify(text: str, table: Iterable[Task]) -> str:
     """Return the name of the task that a text asks for, `general` where no pattern matches."""
-    ends = text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]}\n{text[-_TAIL:]}"
-    text = unicodedata.normalize("NFKC", ends).lower()
+    text = reading.plain(reading.ends(text, _HEAD, _TAIL))[: _HEAD + _TAIL + 1]
     absent = [script for script in _SCRIPTS if not script.search(text)]
     best, most = GENERAL, 0
     for task in table:
