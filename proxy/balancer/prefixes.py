@@ -1,8 +1,8 @@
 """What of a prompt an endpoint has in its prefix cache, told from what we sent it.
 
 A prompt is cut into blocks, and each gets the checksum of itself and all before it, so that one mark stands for a whole
-prefix (as in vLLM's and SGLang's own prefix caches). Blocks grow with the distance from the start: an eighth of it, so
-the error is an eighth or half a kilobyte at most, and a prompt of 100 KB has 35 marks. CRC-32 is as fast as anything in CPython's
+prefix (as in vLLM's and SGLang's own prefix caches). Blocks grow with the distance from the start: a sixth of it, so
+the error is a sixth or half a kilobyte at most, and a prompt of 100 KB has 28 marks. CRC-32 is as fast as anything in CPython's
 standard library; a collision costs one request a less than ideal endpoint.
 """
 
@@ -17,7 +17,7 @@ from zlib import crc32
 import msgspec
 
 _SMALLEST = 512  # bytes of a block
-_SHARE = 8
+_SHARE = 6
 _LONGEST = 8 * 1024 * 1024  # bytes; what is behind is taken for new
 
 # The fields of a request that make its prompt, in the order in which templates render them.

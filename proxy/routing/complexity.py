@@ -29,6 +29,7 @@ _PAIR = 0x5BD1E995  # keeps the pair ("i", "t") apart from the word "it"
 
 _HEAD, _TAIL = 700, 400  # bytes of a long prompt that are read
 _FIRST, _LAST = 150, 90  # words; more of them only where every sign is one
+_LONG = 2000  # characters; longer prompts are all long
 _STEM = 5  # what the glossary has of fewer letters is a whole word
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -130,11 +131,13 @@ def shipped() -> Model:
 
 def read(prompt: str) -> Reading:
     """Return what the model sees of a prompt. Time is bounded whatever its length."""
-    text = reading.plain(reading.ends(prompt, _HEAD, _TAIL))[: _HEAD + _TAIL + 1]
+    ends = reading.ends(prompt, _HEAD, _TAIL)
+    text = reading.plain(ends)[: _HEAD + _TAIL + 1]
     text = _NUMBER.sub("0", _CHOICES.sub("", text).strip() or text)
     tokens = _tokens(text)
     words = list(filter(str.isalpha, tokens))
-    return Reading(_buckets(words), _shape(text, tokens, words))
+    length = min(len(text) + len(prompt) - len(ends), _LONG)
+    return Reading(_buckets(words), _shape(text, tokens, words, length))
 
 
 def norm(reading: Reading) -> float:
@@ -167,7 +170,7 @@ def _buckets(words: list[str]) -> frozenset[int]:
     return frozenset(pairs).union([mark & _MASK for mark in marks]) if words else frozenset()
 
 
-def _shape(text: str, tokens: list[str], words: list[str]) -> tuple[float, ...]:
+def _shape(text: str, tokens: list[str], words: list[str], length: int) -> tuple[float, ...]:
     n = len(tokens) or 1
     signs = Counter(filterfalse(str.isalpha, tokens))
     numbers = signs["0"]
@@ -182,7 +185,7 @@ def _shape(text: str, tokens: list[str], words: list[str]) -> tuple[float, ...]:
         "?" in signs,
         (signs[","] + signs["、"]) / n,
         "_" in text,
-        math.log1p(len(text)),
+        math.log1p(length),
     )
 
 
