@@ -1,6 +1,7 @@
 """Memory that all workers of a server share, so that each sees what the others have under way."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial, reduce
 from itertools import accumulate
 from operator import add
 
@@ -25,7 +26,8 @@ class Block:
         self._doubles, self._newest = memory[: workers * part], memory[workers * part : workers * part + count]
         self._own = self._doubles[worker * part : (worker + 1) * part]
         self._own[:] = memoryview(bytes(self._own.nbytes)).cast("d")
-        self._columns = [self._column(figure, workers) for figure in range(LIVE + SLOW)]
+        columns = [self._column(figure, workers) for figure in range(LIVE + SLOW)]
+        self._live, self._slow = columns[:LIVE], columns[LIVE:]
         self.table = PrefixTable(memory[workers * part + count :], count) if slot.table else None
 
     def __repr__(self) -> str:
@@ -56,18 +58,18 @@ class Block:
 
     def live_sums(self) -> list[Iterable[float]]:
         """Return the sums over all workers, for each of LIVE figures those of all endpoints, to be read once."""
-        return [_sum(column) for column in self._columns[:LIVE]]
+        return list(map(_sum, self._live))
 
     def slow_sums(self) -> list[Sequence[float]]:
         """Return the sums over all workers, for each of SLOW figures those of all endpoints."""
-        return [list(_sum(column)) for column in self._columns[LIVE:]]
+        return [list(_sum(column)) for column in self._slow]
+
+
+_plus = partial(map, add)
 
 
 def _sum(column: "Sequence[memoryview[float]]") -> Iterable[float]:
-    total: Iterable[float] = column[0]
-    for other in column[1:]:
-        total = map(add, total, other)
-    return total
+    return reduce(_plus, column)
 
 
 class Board:

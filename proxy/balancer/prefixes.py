@@ -119,11 +119,14 @@ class PrefixTable:
         table, width, rows = self._table, self._width, self._rows
         found = [0] * (width - 1)
         missing: Sequence[int] = range(width - 1)
+        seen: list[float] = []
         for i in range(len(prompt.marks) - 1, -1, -1):
             at = prompt.marks[i] % rows * width
             if table[at] != prompt.marks[i]:
                 continue
-            seen = table[at + 1 : at + width].tolist()
+            before, seen = seen, table[at + 1 : at + width].tolist()
+            if seen == before:  # as in most rows of a conversation, of which no endpoint has any but the longest part
+                continue
             end, still = _ENDS[i], []
             for e in missing:
                 if seen[e] > oldest[e]:
