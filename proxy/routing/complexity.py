@@ -41,9 +41,7 @@ _ASCII_TOKEN = re.compile(r"[a-z]+|_+|[^\sa-z]")  # the same of such a text, in 
 
 _OPERATORS = frozenset("=+*/^<>|%≤≥≠≈±×÷∑∏∫√∂∞")
 _BRACKETS = frozenset("{}[]\\`;#$()")
-_DEFINITION = re.compile(
-    r"^[^\S\n]*(?:def|class|import|from|function|public|#include|select|fn|func)\b", re.MULTILINE
-)
+_DEFINITION = re.compile(r"^[^\S\n]*(?:def|class|import|from|function|public|#include|select|fn|func)\b", re.MULTILINE)
 
 SHAPE = ("numbers", "number share", "operators", "brackets", "latex", "definition", "long words", "question", "commas",
          "blank", "length")  # fmt: skip
