@@ -2,8 +2,8 @@
 
 A prompt is cut into blocks, and each gets the checksum of itself and all before it, so that one mark stands for a whole
 prefix (as in vLLM's and SGLang's own prefix caches). Blocks grow with the distance from the start: a sixth of it, so
-the error is a sixth or half a kilobyte at most, and a prompt of 100 KB has 28 marks. CRC-32 is as fast as anything in CPython's
-standard library; a collision costs one request a less than ideal endpoint.
+the error is a sixth or half a kilobyte at most, and a prompt of 100 KB has 28 marks. CRC-32 is as fast as anything in
+CPython's standard library; a collision costs one request a less than ideal endpoint.
 """
 
 import re
@@ -119,7 +119,7 @@ class PrefixTable:
         table, width, rows = self._table, self._width, self._rows
         found = [0] * (width - 1)
         missing: Sequence[int] = range(width - 1)
-        seen: list[float] = []
+        seen: Sequence[float] = []
         for i in range(len(prompt.marks) - 1, -1, -1):
             at = prompt.marks[i] % rows * width
             if table[at] != prompt.marks[i]:
