@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 # Doubles of an endpoint that each worker writes for itself and sums over all. Those read for each pick:
 IN_FLIGHT, TOKENS, LIVE = range(3)
 # Those looked at a few times a second; the last five are told by the engine itself, to one worker:
@@ -44,14 +46,14 @@ class Load:
 
     in_flight: requests. tokens: of prompts, those that no cache has, sent and not yet computed. clock: bytes of prompts
     that came new into its cache. rate: tokens of prompts it computes in a second. each: tokens that a request in flight
-    counts for. others: what there is to do before a new request beside all that, as tokens. capacity: bytes of prompts
-    that its cache holds.
+    counts for. others: what there is to do before a new request beside all that, as tokens. oldest: what the clock showed
+    when the oldest came that is still in its cache.
     trust: share of what we take for cached that is. response_time: mean seconds of recent answers, 0.0 for none yet.
     """
 
     __slots__ = (
-        "_failures", "_failures_at", "_learned_at", "_live", "_newest", "_slow", "capacity", "clock", "each", "freed",
-        "in_flight", "index", "last", "others", "rate", "rated", "response_time", "scale", "tokens", "trust",
+        "_failures", "_failures_at", "_learned_at", "_live", "_newest", "_slow", "clock", "each", "freed",
+        "in_flight", "index", "last", "oldest", "others", "rate", "rated", "response_time", "scale", "tokens", "trust",
     )  # fmt: skip
 
     def __init__(
@@ -83,7 +85,7 @@ class Load:
         self.clock = 0.0
         self.rate = PRIOR_RATE
         self.weigh()
-        self.capacity = PRIOR_CAPACITY
+        self.oldest = -_PRIOR_CAPACITY
         self.trust = 1.0
         self.last = 0
         self.response_time = 0.0
@@ -122,6 +124,7 @@ class Load:
     def advance(self, size: float) -> float:
         """Move the clock by the bytes that come new into the cache; return what it shows."""
         self.clock += size
+        self.oldest += size
         self._slow[CLOCK] += size
         return self.clock
 
@@ -148,7 +151,7 @@ class Load:
         waiting = slow[WAITING] * (slow[ASKED] - slow[FOUND]) / max(slow[REQUESTS], 1.0)
         self.weigh(slow[KV_USAGE], slow[FOREIGN], waiting)
         tokens = slow[CAPACITY]
-        self.capacity = tokens / self.scale.tokens_per_byte if tokens else PRIOR_CAPACITY
+        self.oldest = self.clock - (tokens / self.scale.tokens_per_byte if tokens else _PRIOR_CAPACITY)
         self.trust = 1.0 - slow[DISTRUST]
 
     def weigh(self, kv_usage: float = 0.0, foreign: float = 0.0, foreign_tokens: float = 0.0) -> None:
@@ -194,7 +197,7 @@ class Load:
         return self._failures * math.exp2((self._failures_at - now) / _ERROR_HALF_LIFE)
 
 
-class Ask(NamedTuple):
+class Ask(msgspec.Struct, frozen=True, gc=False):
     """What a request asks of the endpoint chosen. tokens: of its prompt, uncached: those of them to be computed."""
 
     size: int
@@ -266,4 +269,4 @@ def _doubles(count: int) -> "memoryview[float]":
 _NOTHING = Ask(0, 0.0, 0.0, True)
 PRIOR_RATE = 5000.0  # tokens a second, of an endpoint of which nothing is known yet
 _PRIOR_SECONDS = 1.0
-PRIOR_CAPACITY = 2e6  # bytes of prompts: half a million tokens, as the cache of a GPU with 80 GB has
+_PRIOR_CAPACITY = 2e6  # bytes of prompts: half a million tokens, as the cache of a GPU with 80 GB has

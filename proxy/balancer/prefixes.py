@@ -54,8 +54,7 @@ class Prompt(msgspec.Struct, frozen=True):
 def read(fields: Mapping[str, bytes | msgspec.Raw], salt: str | None = None) -> Prompt:
     """Return the prompt that the fields of a request make. Equal text under another salt, ours or the client's, has
     other marks, as engines keep it apart."""
-    parts = [bytes(fields[name]) for name in _FIELDS if name in fields]
-    text = parts[0] if len(parts) == 1 else b"".join(parts)
+    text = b"".join([bytes(fields[name]) for name in _FIELDS if name in fields])
     mark = crc32(salt.encode()) if salt else 0
     if "cache_salt" in fields:
         mark = crc32(bytes(fields["cache_salt"]), mark)

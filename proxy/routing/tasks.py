@@ -48,8 +48,9 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"[\^=] ?[-\d(]|\d ?[+*/×÷] ?\d|\\(?:frac|int|sum|sqrt)|\$[^$]+\$",
         r"\b(?:solve|prove|comput(?:e|es|ing)|calculat\w+|equations?|integrals?|derivatives?|theorem|polynomial|"
         r"probabilit(?:y|ies)|matri(?:x|ces)|eigenvalues?|irrational|square root|geometry|algebra|modulo|factorial)\b",
-        r"\b(?:what is|find|determine) the (?:\w+ )?(?:sum|product|average|value|area|perimeter|volume|ratio|number|"
-        r"degree)\b|\bintegers?\b|\d[^\d\n]{0,200}?\bhow (?:many|much|far|fast|old|long)\b",
+        r"\b(?:(?:what is|find|determine) the (?:\w+ )?(?:sum|product|average|value|area|perimeter|volume|ratio|number|"
+        r"degree)|integers?)\b",
+        r"\d[^\d\n]{0,200}?\bhow (?:many|much|far|fast|old|long)\b",
         r"\b(?:реши\w*|вычисл\w+|посчита\w+|рассчита\w+|докаж\w+|доказат\w+|уравнени\w+|интеграл\w*|производн\w+|"
         r"теорем\w+|вероятност\w+|матриц\w+|корень из)",
         r"計算|数式|方程式|微分|積分|証明|確率|行列|解いて|合計|因数分解|平方根",
@@ -137,7 +138,7 @@ def names(extra: Iterable[str] = ()) -> tuple[str, ...]:
 def classify(text: str, table: Iterable[Task]) -> str:
     """Return the name of the task that a text asks for, `general` where no pattern matches."""
     text = reading.plain(reading.ends(text, _HEAD, _TAIL))[: _HEAD + _TAIL + 1]
-    absent = [script for script in _SCRIPTS if not script.search(text)]
+    absent = _SCRIPTS if text.isascii() else [script for script in _SCRIPTS if not script.search(text)]
     best, most = GENERAL, 0
     for task in table:
         score = task.weight * _matches(text, task, absent)
