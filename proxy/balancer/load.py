@@ -46,9 +46,9 @@ class Load:
 
     in_flight: requests. tokens: of prompts, those that no cache has, sent and not yet computed. clock: bytes of prompts
     that came new into its cache. rate: tokens of prompts it computes in a second. each: tokens that a request in flight
-    counts for. others: what there is to do before a new request beside all that, as tokens. oldest: what the clock showed
-    when the oldest came that is still in its cache.
-    trust: share of what we take for cached that is. response_time: mean seconds of recent answers, 0.0 for none yet.
+    counts for. others: what there is to do before a new request beside all that, as tokens. oldest: what the clock
+    showed when the oldest came that is still in its cache. trust: share of what we take for cached that is.
+    response_time: mean seconds of recent answers, 0.0 for none yet.
     """
 
     __slots__ = (
