@@ -196,18 +196,20 @@ def speed(texts: Sequence[str]) -> str:
     some = texts[:: max(1, len(texts) // 2000)]
     return (
         f"## Time\n\nThe complexity of a prompt takes {_timed(complexity.load().score, some)}; to decide who "
-        f"answers it, of {CANDIDATES} models and with the body to be read, {_timed(decider(), some)}."
+        f"answers it, of {CANDIDATES} models and with the body to be read, {_timed(decider(), some)}. Of three times "
+        "the best, since others use the machine too."
     )
 
 
 def _timed(call: Callable[[str], object], texts: Sequence[str]) -> str:
-    times = []
-    for text in texts:
-        began = time.process_time()
-        call(text)
-        times.append(time.process_time() - began)
-    cuts = statistics.quantiles(times, n=100)
+    cuts = statistics.quantiles([min(_once(call, text) for _ in range(3)) for text in texts], n=100)
     return f"{cuts[49] * 1e6:.0f} us of the processor (median), {cuts[98] * 1e6:.0f} us (99 of 100)"
+
+
+def _once(call: Callable[[str], object], text: str) -> float:
+    began = time.process_time()
+    call(text)
+    return time.process_time() - began
 
 
 def decider() -> Callable[[str], object]:

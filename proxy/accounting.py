@@ -225,9 +225,9 @@ class StreamAccount:
             passing, data = (self._each(data[:end]), data[end:]) if end > 1 else (b"", data)
             if self._events.rest or self._kept:
                 return self._each(data, passing)
-        end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
-        if end == len(data) and not _tells(data):
+        if data.endswith(b"\n\n") and not _tells(data):
             return passing + data if passing else data
+        end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
         return self._each(data[end:], self._from_first_that_tells(data[:end], passing))
 
     def _begin(self, data: bytes) -> bytes:

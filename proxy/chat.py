@@ -74,9 +74,9 @@ class Chat:
         envelope = wire.read_form(request.body, kind) if form else wire.read_json(request.body)
         registry = self._ways.live.current
         target = registry.resolve(envelope.model, request.models)
-        limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
+        plain = limits.check(request.path, b"" if form else request.body, envelope.fields, self._ways.limits)
         exchange.alias = envelope.model
-        asked = _asked(request, envelope, form=form)
+        asked = _asked(request, envelope, plain, form=form)
         if isinstance(target, Ensemble):
             return await self._together(target, asked.without(wish.FIELD), request, exchange)
         placed = self._placing.place(registry, envelope.model, target, asked, request.models)
@@ -134,10 +134,9 @@ class Chat:
         return explanation.full(routed.plan, routed.models, envelope.model)
 
 
-def _asked(request: Incoming, envelope: wire.Envelope, *, form: bool) -> Asked:
-    return Asked(
-        request.path, request.query, request.headers, request.body, envelope, request.request_id, form, request.salt
-    )
+def _asked(request: Incoming, envelope: wire.Envelope, plain: msgspec.Raw | None, *, form: bool) -> Asked:
+    r = request
+    return Asked(r.path, r.query, r.headers, r.body, envelope, r.request_id, form, r.salt, plain)
 
 
 def _without_cost(asked: Asked, exchange: Exchange) -> Asked:

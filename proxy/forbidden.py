@@ -59,8 +59,8 @@ class Policy(msgspec.Struct, frozen=True):
     domains: media.Domains | None = frozenset()
 
 
-def check(fields: Fields, policy: Policy, limits: Limits) -> None:
-    """Raise BadRequest naming the first field that a client may not use."""
+def check(fields: Fields, policy: Policy, limits: Limits, plain: msgspec.Raw | None = None) -> None:
+    """Raise BadRequest naming the first field that a client may not use. plain: see limits.check."""
     for name in fields.keys() & FIELDS.keys():
         if name not in policy.allow and bytes(fields[name]) not in _DEFAULTS:
             raise _refused(name, FIELDS[name])
@@ -68,7 +68,7 @@ def check(fields: Fields, policy: Policy, limits: Limits) -> None:
         _check_template_variables(bytes(fields[_KWARGS]))
     if "input" in fields and "tools" in fields and _SERVER_URL not in policy.allow:
         _check_tools(bytes(fields["tools"]))
-    media.check(fields, policy.allow, policy.domains, limits)
+    media.check(fields, policy.allow, policy.domains, limits, plain)
 
 
 def _refused(name: str, why: str) -> BadRequest:

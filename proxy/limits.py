@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from proxy import plain
 from proxy.errors import BadRequest
 
 Fields = Mapping[str, msgspec.Raw]
@@ -54,10 +55,11 @@ _integer = msgspec.json.Decoder(int | bool | None).decode
 _text = msgspec.json.Decoder(str).decode
 
 
-def check(path: str, body: bytes, fields: Fields, limits: Limits) -> None:
+def check(path: str, body: bytes, fields: Fields, limits: Limits) -> msgspec.Raw | None:
     """Raise BadRequest naming the field and the limit if a request asks for too much.
 
-    path: where it was sent. body: the document, or b"" if it is a form. fields: what is at its top.
+    path: where it was sent. body: the document, or b"" if it is a form. fields: what is at its top. Return the messages
+    if these had to be read and are plain, so that nobody needs to read them again to know that.
     """
     for name in fields.keys() & _RULES.keys():
         _RULES[name](name, bytes(fields[name]), limits)
@@ -68,6 +70,16 @@ def check(path: str, body: bytes, fields: Fields, limits: Limits) -> None:
     inside = limits.depth - 1
     if _openings(body, inside) > inside and any(deeper_than(bytes(value), inside) for value in fields.values()):
         raise BadRequest(f"The body is nested too deeply; {_at_most(limits.depth, 'depth')}.", code="json_too_deep")
+    return _messages(fields["messages"], limits.messages) if "messages" in fields else None
+
+
+def _messages(value: msgspec.Raw, most: int) -> msgspec.Raw | None:
+    if len(value) <= 2 * most:
+        return None
+    plainly = plain.items(value)
+    if (found := length(bytes(value)) if plainly is None else plainly) > most:
+        raise too_many("messages", f"{found} items", most, "messages")
+    return None if plainly is None else value
 
 
 _LOOKS = 2  # levels at which values are looked at one by one; most have few brackets, and are done with
@@ -253,7 +265,6 @@ _RULES: dict[str, Rule] = {
     "top_logprobs": _number("logprobs"),
     "prompt_logprobs": _number("logprobs"),
     "prompt": _batch("prompts"),
-    "messages": _count("messages"),
     "previous_input_messages": _count("messages"),
     "tools": _tools,
     "functions": _tools,

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from proxy import plain
 from proxy.errors import BadRequest
 from proxy.limits import Fields, Limits, too_many
 
@@ -31,53 +32,21 @@ FIELDS = {
 }
 
 
-class _Plain(msgspec.Struct, forbid_unknown_fields=True):
-    """A message or a part of one with nothing in it but text and tool calls, as nearly all are."""
-
-    role: str = ""
-    type: str | None = None
-    content: "str | list[str | _Plain] | None" = None
-    text: str | None = None
-    name: str | None = None
-    id: str | None = None
-    cache_control: msgspec.Raw = msgspec.Raw()
-    tool_calls: msgspec.Raw = msgspec.Raw()
-    tool_call_id: str | None = None
-    tool_use_id: str | None = None
-    input: msgspec.Raw = msgspec.Raw()
-    call_id: str | None = None
-    arguments: str | None = None
-    output: str | None = None
-    is_error: bool | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    thinking: str | None = None
-    signature: str | None = None
-    status: str | None = None
-
-
-_decode_plain = msgspec.json.Decoder(str | int | list[str | int | _Plain] | None).decode
 _decode = msgspec.json.Decoder().decode
 
 
-def check(fields: Fields, allow: frozenset[str], domains: Domains | None, limits: Limits) -> None:
-    """Raise BadRequest for media that may not be fetched, or are too many. domains: None for anywhere."""
+def check(
+    fields: Fields, allow: frozenset[str], domains: Domains | None, limits: Limits, known: msgspec.Raw | None = None
+) -> None:
+    """Raise BadRequest for media that may not be fetched, or are too many. domains: None for anywhere. known: a value
+    that has none, see limits.check."""
     count = 0
     for name in fields.keys() & _HOLDERS:
-        if not _is_plain(fields[name]):
-            count += sum(_check_part(part, allow, domains) for part in _objects(_decode(fields[name])))
+        value = fields[name]
+        if value is not known and plain.items(value) is None:
+            count += sum(_check_part(part, allow, domains) for part in _objects(_decode(value)))
             if count > limits.images:
                 raise too_many(name, f"{count} images, sounds and videos", limits.images, "images")
-
-
-def _is_plain(value: msgspec.Raw) -> bool:
-    """Say whether a value cannot hold media because it has no key that could."""
-    try:
-        _decode_plain(value)
-    except msgspec.ValidationError:
-        return False
-    return True
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,8 @@ class EventRenamer:
 
     def __call__(self, events: bytes) -> bytes:
         """Return whole events under the new name."""
+        if self._old and events.startswith(self._old) and events.rfind(b'"model"', len(self._old)) < 0:
+            return self._new + events[len(self._old) :]  # as almost always
         models = events.count(b'"model"')
         if self._old and events.startswith(self._old) + events.count(b"\n" + self._old) == models:
             return events.replace(self._old, self._new)

@@ -163,7 +163,7 @@ def test_predicted_ttft_gives_an_endpoint_at_half_speed_half_as_much():
 def test_predicted_ttft_avoids_an_engine_whose_cache_is_full_or_that_others_keep_busy():
     for figure, value in (("kv_usage", 1.0), ("foreign", 20.0), ("foreign_tokens", 5000.0)):
         told, idle = Load(), Load()
-        setattr(told, figure, value)
+        told.weigh(**{figure: value})
         assert policies.predicted_ttft([told, idle], [100.0, 100.0], no_chance) == 1, figure
 
 
@@ -397,11 +397,11 @@ def test_leases_of_endpoints_that_stay_are_counted_where_they_are_now_and_given_
     _, lease = one.pick("m", endpoints(1), None, 0.0)  # type: ignore[misc]
     grow(one, board, 2)
     assert [load.in_flight for load in one.loads("m")] == [1, 0]
-    assert board.block("m").live_sums()[0] == [1, 0]
+    assert list(board.block("m").live_sums()[0]) == [1, 0]
     name, _ = one.pick("m", endpoints(2), None, 0.0)  # type: ignore[misc]
     assert name.name == "m/1"
     lease.release()
-    assert board.block("m").live_sums()[0] == [0, 1]
+    assert list(board.block("m").live_sums()[0]) == [0, 1]
 
 
 def test_what_was_learned_of_an_endpoint_that_stays_is_kept():
@@ -467,4 +467,4 @@ def test_whatever_changes_what_is_under_way_is_counted_once_by_all_workers(steps
                 slots = grow(one, board, count, given_slots)
             given_slots = slots
         names = [name for name, _ in held]
-        assert boards[0].block("m").live_sums()[0] == [names.count(f"m/{i}") for i in range(count)]
+        assert list(boards[0].block("m").live_sums()[0]) == [names.count(f"m/{i}") for i in range(count)]

@@ -318,3 +318,37 @@ def test_whatever_the_body_holds_it_passes_or_is_a_bad_request(value):
             check({name: value})
         except BadRequest as e:
             msgspec.json.decode(e.envelope())
+
+
+LONG = "word " * 4000
+
+
+def test_a_long_prompt_is_known_to_be_plain_and_no_other_value_is():
+    fields = wire.read_json(json.dumps({"model": "m", "messages": [{"role": "user", "content": LONG}]}).encode()).fields
+    known = limits.check(CHAT, b"", fields, Limits())
+    assert known is fields["messages"]
+    picture = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}
+    for messages in ([{"role": "user", "content": [picture]}], [{"role": "user", "content": [picture, LONG]}]):
+        other = {"messages": msgspec.Raw(json.dumps(messages).encode())}
+        with pytest.raises(BadRequest, match="image_url"):
+            forbidden.check(other, NOTHING, Limits(), known)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "text", "text": LONG}, {"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "user", "content": LONG, "unheard_of": 1},
+        [LONG],
+    ],
+)
+def test_what_is_long_and_not_plain_is_looked_at(message):
+    fields = {"messages": msgspec.Raw(json.dumps([message]).encode())}
+    assert limits.check(CHAT, b"", fields, Limits()) is None
+
+
+@pytest.mark.parametrize("message", [USER, {}, 1, "a", [], {"role": "user", "content": [{"type": "image_url"}]}])
+def test_too_many_messages_are_refused_whatever_they_are(message):
+    fields = {"messages": msgspec.Raw(json.dumps([message] * 5000).encode())}
+    with pytest.raises(BadRequest, match=r"5000 items.*limits\.messages"):
+        limits.check(CHAT, b"", fields, Limits())

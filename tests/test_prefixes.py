@@ -1,5 +1,7 @@
 """What of a prompt an endpoint has in its cache."""
 
+import random
+import re
 from array import array
 
 import pytest
@@ -38,8 +40,8 @@ def test_a_change_at_the_start_changes_every_mark(text, before):
 
 
 def test_a_long_prompt_has_few_marks():
-    assert len(read(b"x" * 100 * 1024).marks) < 60
-    assert len(read(b"x" * 1024).marks) == 4
+    assert len(read(b"x" * 100 * 1024).marks) < 40
+    assert len(read(b"x" * 1024).marks) == 2
 
 
 @pytest.mark.parametrize("field", ["tools", "system", "instructions", "prompt", "input"])
@@ -62,6 +64,13 @@ def test_a_picture_counts_for_what_it_is_and_not_for_its_bytes():
     picture = b'{"url":"data:image/png;base64,' + b"QUJD" * 100_000 + b'"}'
     assert read(picture).size < 5000
     assert read(picture + b"a" * 10_000).size > read(picture).size + 9_000
+
+
+@given(st.lists(st.sampled_from([b";", b"; ", b";base64,QUJD", b";base64,", b"base64,", b"text"]), max_size=80))
+def test_media_are_found_among_however_many_semicolons(pieces):
+    text = b"".join(pieces)
+    media = re.findall(rb";base64,[A-Za-z0-9+/=]*", text)
+    assert read(text).size == len(text) - sum(map(len, media)) + 4000 * len(media)
 
 
 def test_a_prompt_is_found_where_it_was_sent_and_nowhere_else():
@@ -91,10 +100,10 @@ def test_what_was_sent_longer_ago_than_the_cache_holds_is_gone():
 def test_a_prompt_is_still_found_when_another_took_one_of_its_rows():
     rows, prompt = table(), read(b"x" * 50_000)
     rows.note(prompt, 0, 1.0)
-    other = prefixes.Prompt(256, [prompt.marks[3] + prefixes.ROWS])
+    other = prefixes.Prompt(512, [prompt.marks[3] + prefixes.ROWS])
     rows.note(other, 1, 1.0)
     assert rows.found(prompt, [-ROOM, -ROOM])[0] > 40_000
-    assert rows.found(other, [-ROOM, -ROOM]) == [0, 256]
+    assert rows.found(other, [-ROOM, -ROOM]) == [0, 512]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), TEXT), max_size=20), TEXT)
@@ -103,3 +112,17 @@ def test_no_more_is_found_than_the_prompt_has(sent, text):
     for clock, (endpoint, other) in enumerate(sent):
         rows.note(read(other), endpoint, float(clock))
     assert all(0 <= found <= len(text) for found in rows.found(prompt, [-ROOM] * 3))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3000)), max_size=20), st.integers(0, 20), st.integers(0, 3000)
+)
+def test_each_endpoint_is_found_to_have_the_longest_part_that_it_was_sent_of_late(sent, oldest, size):
+    rows, text = table(3), random.Random(1).randbytes(3000)
+    longest = [0, 0, 0]
+    for clock, (endpoint, shared) in enumerate(sent):
+        rows.note(read(text[:shared] + b"other" * 300), endpoint, float(clock))
+        if clock > oldest:
+            longest[endpoint] = max(longest[endpoint], shared)
+    for have, found in zip(longest, rows.found(read(text[:size]), [float(oldest)] * 3), strict=True):
+        assert min(have, size) - 600 < found <= min(have, size)

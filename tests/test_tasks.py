@@ -42,6 +42,13 @@ def test_any_text_has_a_task(text):
     assert tasks.classify(text, TABLE) in {*tasks.PATTERNS, tasks.GENERAL}
 
 
+@pytest.mark.parametrize("filler", ["so it is. ", "вот и всё. ", "というわけで。"])
+def test_of_a_long_prompt_the_start_and_the_end_say_what_it_asks_for(filler):
+    assert tasks.classify("Translate this into French: " + filler * 5000, TABLE) == "translation"
+    assert tasks.classify(filler * 5000 + "Переведи это на английский.", TABLE) == "translation"
+    assert tasks.classify(filler * 2500 + "Translate this into French." + filler * 2500, TABLE) == "general"
+
+
 def test_the_case_of_letters_and_their_width_do_not_matter():
     assert tasks.classify("TRANSLATE THIS", TABLE) == "translation"
     assert tasks.classify("ПЕРЕВЕДИ НА АНГЛИЙСКИЙ", TABLE) == "translation"

@@ -240,7 +240,7 @@ class Balancer:
         table, all_loads = group.table, group.everything
         assert table is not None
         group.expire(now)
-        found = table.found(prompt, [load.clock - load.capacity for load in all_loads])
+        found = table.found(prompt, [load.oldest for load in all_loads])
         per_byte, size = group.scale.tokens_per_byte, prompt.size
         whole, each = size * per_byte, prompt.share * per_byte
         uncached = [whole - load.trust * each * found[load.index] for load in loads]

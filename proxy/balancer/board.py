@@ -1,6 +1,7 @@
 """Memory that all workers of a server share, so that each sees what the others have under way."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial, reduce
 from itertools import accumulate
 from operator import add
 
@@ -25,6 +26,8 @@ class Block:
         self._doubles, self._newest = memory[: workers * part], memory[workers * part : workers * part + count]
         self._own = self._doubles[worker * part : (worker + 1) * part]
         self._own[:] = memoryview(bytes(self._own.nbytes)).cast("d")
+        columns = [self._column(figure, workers) for figure in range(LIVE + SLOW)]
+        self._live, self._slow = columns[:LIVE], columns[LIVE:]
         self.table = PrefixTable(memory[workers * part + count :], count) if slot.table else None
 
     def __repr__(self) -> str:
@@ -35,6 +38,11 @@ class Block:
         """Return how many doubles a model takes."""
         count = len(slot.endpoints)
         return workers * count * (LIVE + SLOW) + count + (PrefixTable.size(count) if slot.table else 0)
+
+    def _column(self, figure: int, workers: int) -> "list[memoryview[float]]":
+        """Return one figure of all endpoints, as each worker has it."""
+        starts = range(figure * self._count, workers * self._part, self._part)
+        return [self._doubles[start : start + self._count] for start in starts]
 
     def live(self, index: int) -> "memoryview[float]":
         """Return this worker's LIVE doubles of an endpoint, which change with each request."""
@@ -48,21 +56,20 @@ class Block:
         """Return the double with the time of the newest first token of an endpoint, which all workers write."""
         return self._newest[index : index + 1]
 
-    def live_sums(self) -> list[Sequence[float]]:
-        """Return the sums over all workers, for each of LIVE figures those of all endpoints."""
-        return self._sums(0, LIVE)
+    def live_sums(self) -> list[Iterable[float]]:
+        """Return the sums over all workers, for each of LIVE figures those of all endpoints, to be read once."""
+        return list(map(_sum, self._live))
 
     def slow_sums(self) -> list[Sequence[float]]:
         """Return the sums over all workers, for each of SLOW figures those of all endpoints."""
-        return self._sums(LIVE, SLOW)
+        return [list(_sum(column)) for column in self._slow]
 
-    def _sums(self, first: int, figures: int) -> list[Sequence[float]]:
-        size = self._count
-        at = first * size
-        sums: Sequence[float] = self._doubles[at : at + figures * size].tolist()
-        for start in range(at + self._part, len(self._doubles), self._part):
-            sums = list(map(add, sums, self._doubles[start : start + figures * size].tolist()))
-        return [sums[i * size : (i + 1) * size] for i in range(figures)]
+
+_plus = partial(map, add)
+
+
+def _sum(column: "Sequence[memoryview[float]]") -> Iterable[float]:
+    return reduce(_plus, column)
 
 
 class Board:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 # Doubles of an endpoint that each worker writes for itself and sums over all. Those read for each pick:
 IN_FLIGHT, TOKENS, LIVE = range(3)
 # Those looked at a few times a second; the last five are told by the engine itself, to one worker:
@@ -13,6 +15,8 @@ _HALF_LIFE = 120.0  # seconds; of what was learned of an endpoint's speed
 _ERROR_HALF_LIFE = 10.0
 _PENALTY = 2.0  # requests that a failure counts for, as in the seed's adaptive selection; a success takes one off
 _LAST_TEN = 0.1  # weight of the newest answer in the mean of about the last ten
+_EACH = 36.0  # tokens of a prompt that a request in flight counts for: it slows each step of the engine
+_FULL = 1.05  # share of the cache at which requests in flight would cost without end
 
 
 class Scale:
@@ -41,16 +45,15 @@ class Load:
     """What is under way at one endpoint in all workers, as far as this one knows, and how fast the endpoint is.
 
     in_flight: requests. tokens: of prompts, those that no cache has, sent and not yet computed. clock: bytes of prompts
-    that came new into its cache. rate: tokens of prompts it computes in a second. foreign: requests that others than
-    this server sent it. foreign_tokens: of prompts of theirs that wait. kv_usage: share of its cache that running
-    requests use. capacity: bytes of prompts that its cache holds.
-    trust: share of what we take for cached that is. response_time: mean seconds of recent answers, 0.0 for none yet.
+    that came new into its cache. rate: tokens of prompts it computes in a second. each: tokens that a request in flight
+    counts for. others: what there is to do before a new request beside all that, as tokens. oldest: what the clock
+    showed when the oldest came that is still in its cache. trust: share of what we take for cached that is.
+    response_time: mean seconds of recent answers, 0.0 for none yet.
     """
 
     __slots__ = (
-        "_failures", "_failures_at", "_learned_at", "_live", "_newest", "_slow", "capacity", "clock", "foreign",
-        "foreign_tokens", "freed", "in_flight", "index", "kv_usage", "last", "rate", "rated", "response_time", "scale",
-        "tokens", "trust",
+        "_failures", "_failures_at", "_learned_at", "_live", "_newest", "_slow", "clock", "each", "freed",
+        "in_flight", "index", "last", "oldest", "others", "rate", "rated", "response_time", "scale", "tokens", "trust",
     )  # fmt: skip
 
     def __init__(
@@ -81,9 +84,8 @@ class Load:
         self.tokens = 0.0
         self.clock = 0.0
         self.rate = PRIOR_RATE
-        self.foreign = self.foreign_tokens = 0.0
-        self.kv_usage = 0.0
-        self.capacity = PRIOR_CAPACITY
+        self.weigh()
+        self.oldest = -_PRIOR_CAPACITY
         self.trust = 1.0
         self.last = 0
         self.response_time = 0.0
@@ -122,6 +124,7 @@ class Load:
     def advance(self, size: float) -> float:
         """Move the clock by the bytes that come new into the cache; return what it shows."""
         self.clock += size
+        self.oldest += size
         self._slow[CLOCK] += size
         return self.clock
 
@@ -145,12 +148,19 @@ class Load:
         """
         self.clock = slow[CLOCK]
         self.rate = (slow[PREFILLED] + mean * _PRIOR_SECONDS) / (slow[SECONDS] + _PRIOR_SECONDS)
-        self.foreign = slow[FOREIGN]
-        self.foreign_tokens = slow[WAITING] * (slow[ASKED] - slow[FOUND]) / max(slow[REQUESTS], 1.0)
-        self.kv_usage = slow[KV_USAGE]
+        waiting = slow[WAITING] * (slow[ASKED] - slow[FOUND]) / max(slow[REQUESTS], 1.0)
+        self.weigh(slow[KV_USAGE], slow[FOREIGN], waiting)
         tokens = slow[CAPACITY]
-        self.capacity = tokens / self.scale.tokens_per_byte if tokens else PRIOR_CAPACITY
+        self.oldest = self.clock - (tokens / self.scale.tokens_per_byte if tokens else _PRIOR_CAPACITY)
         self.trust = 1.0 - slow[DISTRUST]
+
+    def weigh(self, kv_usage: float = 0.0, foreign: float = 0.0, foreign_tokens: float = 0.0) -> None:
+        """Take what an engine is kept busy with beside our prompts: requests in flight count for more as its cache
+        fills up. kv_usage: share of its cache that running requests use. foreign: requests that others than this
+        server sent it. foreign_tokens: of prompts of theirs that wait.
+        """
+        self.each = _EACH / (_FULL - kv_usage)
+        self.others = foreign_tokens + self.each * (foreign + 1.0)
 
     def fade(self, now: float) -> None:
         """Let what was learned count for less."""
@@ -187,7 +197,7 @@ class Load:
         return self._failures * math.exp2((self._failures_at - now) / _ERROR_HALF_LIFE)
 
 
-class Ask(NamedTuple):
+class Ask(msgspec.Struct, frozen=True, gc=False):
     """What a request asks of the endpoint chosen. tokens: of its prompt, uncached: those of them to be computed."""
 
     size: int
@@ -259,4 +269,4 @@ def _doubles(count: int) -> "memoryview[float]":
 _NOTHING = Ask(0, 0.0, 0.0, True)
 PRIOR_RATE = 5000.0  # tokens a second, of an endpoint of which nothing is known yet
 _PRIOR_SECONDS = 1.0
-PRIOR_CAPACITY = 2e6  # bytes of prompts: half a million tokens, as the cache of a GPU with 80 GB has
+_PRIOR_CAPACITY = 2e6  # bytes of prompts: half a million tokens, as the cache of a GPU with 80 GB has

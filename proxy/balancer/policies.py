@@ -11,8 +11,6 @@ Chance = Callable[[], float]  # uniform in [0, 1)
 
 # Of predicted_ttft, in tokens of a prompt. Found on traces of conversations, see benchmarks/BALANCING.md.
 _OWN = 2.0  # what a token that has to be computed for this request counts: it keeps conversations where they are
-_EACH = 36.0  # what a request in flight counts: it slows each step of the engine
-_FULL = 1.05  # share of the cache at which requests in flight would cost without end
 _JITTER = 0.02  # workers that see the same do not all choose the same
 
 
@@ -57,12 +55,11 @@ def predicted_ttft(loads: Sequence[Load], uncached: Sequence[float], chance: Cha
     """The endpoint from which the first token is expected soonest.
 
     That is (tokens waiting to be computed + own * tokens of this prompt that its cache lacks + each * requests in
-    flight) / tokens it computes in a second. Requests in flight count for more as its cache fills up.
+    flight, others' and this one included) / tokens it computes in a second. What `each` is see Load.weigh.
     """
     best, soonest = 0, float("inf")
     for i, load in enumerate(loads):
-        each = _EACH / (_FULL - load.kv_usage)
-        tokens = load.tokens + load.foreign_tokens + _OWN * uncached[i] + each * (load.in_flight + load.foreign + 1.0)
+        tokens = load.tokens + _OWN * uncached[i] + load.each * load.in_flight + load.others
         seconds = tokens / load.rate * (1.0 + _JITTER * chance())
         if seconds < soonest:
             best, soonest = i, seconds

@@ -60,7 +60,7 @@ class Placing:
             asked, target = with_preset(asked, target), target.of
         fields = asked.envelope.fields
         if isinstance(target, Model) and not wishes.are_in(fields, asked.headers):  # 2
-            forbidden.check(fields, target.policy, self._limits)
+            forbidden.check(fields, target.policy, self._limits, asked.plain)
             chain = registry.chains.get(name, ())
             return Placed(asked, target, chain if only is None else tuple(m for m in chain if m in only))
         inquiry = Inquiry(asked.path, fields, asked.headers, name, only)

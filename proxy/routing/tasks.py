@@ -5,12 +5,12 @@ table. What asks for a thing to be done (translate, classify) weighs more than a
 """
 
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from proxy.errors import ConfigError
+from proxy.routing import reading
 
 GENERAL = "general"
 MAX_TASKS, MAX_PATTERNS, MAX_LENGTH = 32, 64, 500
@@ -18,8 +18,8 @@ MAX_TASKS, MAX_PATTERNS, MAX_LENGTH = 32, 64, 500
 OPERATIONS = ("embeddings", "rerank", "score", "classify", "pooling", "transcription", "tokenize",
               "detokenize")  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# Only the ends of a long text are read, and of many matches a few.
-_HEAD, _TAIL, _ENOUGH = 1000, 500, 8
+# Only the ends of a long text are read, so many bytes of each, and of many matches a few.
+_HEAD, _TAIL, _ENOUGH = 700, 400, 8
 
 PATTERNS: dict[str, tuple[str, ...]] = {
     "translation": (
@@ -57,8 +57,9 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"probabilit(?:y|ies)|matri(?:x|ces)|eigenvalues?|irrational|square root|geometry|algebra|modulo|factorial|"
         r"percent(?:age)? of|divided by|multipl(?:y|ied)|factori[sz]e|radius|circumference|hypotenuse|(?:prime|"
         r"odds) of)\b",
-        r"\b(?:what is|find|determine) the (?:\w+ )?(?:sum|product|average|value|area|perimeter|volume|ratio|number|"
-        r"degree)\b|\bintegers?\b|\d.{0,200}\bhow (?:many|much|far|fast|old|long)\b",
+        r"\b(?:(?:what is|find|determine) the (?:\w+ )?(?:sum|product|average|value|area|perimeter|volume|ratio|number|"
+        r"degree)|integers?)\b",
+        r"\d[^\d\n]{0,200}?\bhow (?:many|much|far|fast|old|long)\b",
         r"\b(?:реши\w*|вычисл\w+|посчита\w+|рассчита\w+|докаж\w+|доказат\w+|уравнени\w+|интеграл\w*|производн\w+|"
         r"теорем\w+|вероятност\w+|матриц\w+|корень из|умнож\w+|сколько будет|процент\w* (?:от|из|составля\w+)|"
         r"периметр\w*|радиус\w*|площадь (?:круг|треугольник|квадрат|прямоугольник)\w+)",
@@ -159,9 +160,8 @@ def names(extra: Iterable[str] = ()) -> tuple[str, ...]:
 
 def classify(text: str, table: Iterable[Task]) -> str:
     """Return the name of the task that a text asks for, `general` where no pattern matches."""
-    ends = text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]}\n{text[-_TAIL:]}"
-    text = unicodedata.normalize("NFKC", ends).lower()
-    absent = [script for script in _SCRIPTS if not script.search(text)]
+    text = reading.plain(reading.ends(text, _HEAD, _TAIL))[: _HEAD + _TAIL + 1]
+    absent = _SCRIPTS if text.isascii() else [script for script in _SCRIPTS if not script.search(text)]
     best, most = GENERAL, 0
     for task in table:
         score = task.weight * _matches(text, task, absent)
