@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -76,7 +77,7 @@ class Server(msgspec.Struct, frozen=True):
     def fleet(self) -> dict[str, EngineStatus]:
         """Return the engines by model, as the supervisor tells them over its control socket."""
         transport = httpx2.HTTPTransport(uds=str(self.paths.control_socket))
-        with httpx2.Client(transport=transport, base_url="http://control") as client:
+        with httpx2.Client(transport=transport, base_url="http://control", timeout=60) as client:
             fleet = msgspec.json.decode(client.get("/fleet").content, type=FleetStatus)
         return {e.model: e for e in fleet.engines}
 
@@ -85,7 +86,7 @@ class Server(msgspec.Struct, frozen=True):
         address = self.fleet()[model].address
         assert address, f"the engine of {model} has no address"
         transport = httpx2.HTTPTransport(uds=address.removeprefix("unix:"))
-        return httpx2.Client(transport=transport, base_url="http://engine", timeout=30)
+        return httpx2.Client(transport=transport, base_url="http://engine", timeout=60)
 
     def gauge(self, model: str, name: str) -> float:
         """Return the sum of a metric of the engine of a model over its labels."""
@@ -183,7 +184,7 @@ def _mark(process: psutil.Process) -> str | None:
 
 
 def eventually(
-    condition: Callable[[], object], deadline: float, message: Callable[[], str] = str, pause: float = 0.05
+    condition: Callable[[], object], deadline: float = 60.0, message: Callable[[], str] = str, pause: float = 0.05
 ) -> None:
     """Poll until the condition holds; fail after `deadline` seconds."""
     end = time.monotonic() + deadline
@@ -201,7 +202,14 @@ def answers(client: httpx2.Client, url: str) -> bool:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Return a port of the loopback that nobody listens on, and that nobody is given who asks for any port.
+
+    One of those would be taken now and then, before a server that was told to listen there has started: by a connection
+    to somewhere else, or by this very one to itself.
+    """
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    others = [port for port in range(10_000, 65_536) if not low <= port <= high] or [0]
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", random.choice(others)))
+            return int(s.getsockname()[1])

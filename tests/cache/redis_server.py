@@ -39,7 +39,7 @@ class RedisServer:
         ]  # fmt: skip
         with (self._folder / "log").open("ab") as log:
             self._process = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        eventually(self._answers, 20, lambda: (self._folder / "log").read_text())
+        eventually(self._answers, message=lambda: (self._folder / "log").read_text())
 
     def kill(self) -> None:
         """End it as a crash does."""
@@ -52,7 +52,7 @@ class RedisServer:
         """Have it take connections and answer nothing."""
         assert self._process
         self._process.suspend()
-        eventually(lambda: self._process.status() == psutil.STATUS_STOPPED, 5)
+        eventually(lambda: self._process.status() == psutil.STATUS_STOPPED)
 
     def thaw(self) -> None:
         """Have it go on."""

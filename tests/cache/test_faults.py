@@ -81,7 +81,7 @@ class Client:
         stream = self.chance.random() < 0.5
         body = {"model": "m", "messages": [{"role": "user", "content": question}], "temperature": 0, "stream": stream}
         headers = {"authorization": f"Bearer {self.key}"}
-        answer = await proxy.client.post("/v1/chat/completions", json=body, headers=headers, timeout=30)
+        answer = await proxy.client.post("/v1/chat/completions", json=body, headers=headers, timeout=60)
         result = answer.headers.get("x-polyvox-cache", "error")
         self.results.append(result)
         if answer.status_code != 200 or '"error":' in answer.text:
@@ -122,7 +122,9 @@ async def play(server, *, faults):
         for proxy in (one, other):
             await proxy.client.aclose()
             limits = httpx2.Limits(max_connections=CLIENTS)
-            proxy.client = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", limits=limits, trust_env=False)
+            proxy.client = httpx2.AsyncClient(
+                base_url=f"http://127.0.0.1:{proxy.port}", limits=limits, trust_env=False, timeout=60
+            )
         clients = [Client(number, (one, other), until) for number in range(CLIENTS)]
         async with asyncio.TaskGroup() as group:
             for client in clients:
