@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from binascii import hexlify
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -12,9 +13,10 @@ import msgspec
 from proxy.cache import Claim, Entry, Stats, Store, key, replay, replies
 from proxy.cache.bulletin import ALL, Bulletin, Purge, Report
 from proxy.cache.flight import Flight
-from proxy.cache.replies import Client, FlightKey, Walks, Wanted
+from proxy.cache.replies import FlightKey, Walks, Wanted, WhenGone
 from proxy.cache.settings import CacheRule, CacheSettings, size
 from proxy.cache.wish import Wish
+from proxy.deadline import Deadline
 from proxy.errors import StoreUnavailable, TruncatedAnswer, UpstreamError
 from proxy.providers import Asked
 from proxy.registry import Model
@@ -31,6 +33,7 @@ T = TypeVar("T")
 
 _ELSEWHERE = Stats(None, None, 0, 0)
 _PATIENCE = 60.0  # seconds to wait for another replica's answer, where the client does not say how long it waits
+_SAYS = {result: (b"x-polyvox-cache", result.encode()) for result in CACHE_RESULTS}
 _WHOLE = frozenset(("stop", "length", "tool_calls", "content_filter"))  # ends of answers that are all there is
 
 
@@ -65,7 +68,8 @@ class Cached:
         exchange: Exchange,
         walk: Walks,
         wish: Wish,
-        client: Client,
+        deadline: Deadline | None = None,
+        when_gone: WhenGone | None = None,
     ) -> Reply:
         """Answer a request for a model. Raises what Walk.answer does. walk: makes the walk of this request.
 
@@ -78,15 +82,21 @@ class Cached:
         found = None if wish.no_store else _key(asked, model, rule, wish, exchange.key_id)
         if found is None:  # 1
             exchange.cache = "bypass"
-            return self._labelled(await walk(client.deadline).answer(), exchange)
+            return self._labelled(await walk(deadline, False).answer(), exchange)
         shows_cost, exchange.shows_cost = exchange.shows_cost, False  # what all share has no one's cost in it
-        wanted = Wanted(asked, model, walk, exchange, client, wish, rule, found, (found, *chain), shows_cost)
-        exchange.cache = "bypass" if wish.no_cache else "miss"
-        if not wish.no_cache:
-            reply = await self._found(wanted)
-            if reply is not None:  # 2, 3
-                return reply
-        return await self._lead(wanted)  # 4
+        flight = (found, *chain) if chain else found
+        wanted = Wanted(asked, model, walk, exchange, deadline, when_gone, wish, rule, found, flight, shows_cost)
+        if wish.no_cache:
+            exchange.cache = "bypass"
+            return await self._lead(wanted)
+        exchange.cache = "miss"
+        if self._bulletin.is_behind() and not self._store.is_shared:
+            await self._catch_up()
+        if (open_flight := self._flights.get(flight)) is not None:
+            reply = await self._join(open_flight, wanted) if open_flight.is_open else None  # 2
+        else:
+            reply = self._kept(wanted)  # 3
+        return await self._lead(wanted) if reply is None else reply  # 4
 
     async def purge(self, purge: Purge = ALL) -> int:
         """Have all workers forget answers, those that are being made included; return how many were kept.
@@ -140,16 +150,12 @@ class Cached:
 
     # What is there
 
-    async def _found(self, wanted: Wanted) -> Reply | None:
-        """Return the answer that is kept, or that others wait for; None if there is neither, or it failed them."""
-        if self._bulletin.is_behind() and not self._store.is_shared:
-            await self._catch_up()
-        flight = self._flights.get(wanted.flight)
-        if flight is None and not self._store.is_shared:  # a shared one is asked in one call, also for a claim
-            entry = self._store.get(wanted.key)
-            if isinstance(entry, Entry) and self._will_do(entry, wanted.wish):
-                return self._replay(entry, wanted, "hit")
-        return await self._join(flight, wanted) if flight is not None and flight.is_open else None
+    def _kept(self, wanted: Wanted) -> Reply | None:
+        """Return the answer that is kept here. A store that is shared is asked in one call, also for a claim."""
+        entry = None if self._store.is_shared else self._store.get(wanted.key)
+        if isinstance(entry, Entry) and self._will_do(entry, wanted.wish):
+            return self._replay(entry, wanted, "hit")
+        return None
 
     def _will_do(self, entry: Entry, wish: Wish) -> bool:
         return wish.max_age is None or entry.age(self._clock()) <= wish.max_age
@@ -170,16 +176,19 @@ class Cached:
     ) -> Reply:
         """Say what the cache did; of a kept answer, who gave it, and how old it is."""
         self._results[exchange.cache] += 1
-        headers = [(b"x-polyvox-cache", exchange.cache.encode())]
-        if name is not None:
-            headers.append((b"x-polyvox-cache-key", name.hex().encode()))
-        if entry is not None:
-            headers += (
+        said = _SAYS[exchange.cache]
+        if name is None:
+            reply.headers.append(said)
+        elif entry is None:
+            reply.headers += (said, (b"x-polyvox-cache-key", hexlify(name)))
+        else:
+            reply.headers += (
+                said,
+                (b"x-polyvox-cache-key", hexlify(name)),
                 (b"x-polyvox-model", entry.model.encode()),
                 (b"x-polyvox-endpoint", entry.endpoint.encode()),
                 (b"age", b"%d" % entry.age(self._clock())),
             )
-        reply.headers += headers
         return reply
 
     # What is being made
@@ -205,17 +214,17 @@ class Cached:
 
     async def _lead(self, wanted: Wanted) -> Reply:
         """Have an answer made."""
+        exchange, streams = wanted.exchange, wanted.asked.envelope.stream
         flight = self._flights[wanted.flight] = Flight(wanted.asked.envelope.model, self._limit)
-        streams = wanted.asked.envelope.stream
-        flight.join(wanted.exchange, reads=streams)
-        when_gone = None if wanted.client.deadline else wanted.client.when_gone  # a deadline ends the task as well
+        flight.join(exchange, reads=streams)
+        when_gone = None if wanted.deadline else wanted.when_gone  # a deadline ends the task as well
         if streams or when_gone is None:
-            wanted.exchange.shares(flight, leads=True)
+            exchange.shares(flight, leads=True)
             flight.task = asyncio.create_task(self._fly(flight, wanted))
             await flight.begun()
         else:  # another task would cost a third of all that the cache does here
             flight.task = asyncio.current_task()
-            when_gone(partial(flight.leave, wanted.exchange))
+            when_gone(partial(flight.leave, exchange))
             await self._fly(flight, wanted)
             when_gone(None)
         if flight.error is not None:
@@ -224,22 +233,27 @@ class Cached:
             assert flight.entry  # it was in the shared store, or answers a question that means the same
             return _near(self._replay(flight.entry, wanted, "hit"), flight)
         reply = replies.live(flight, wanted, leads=True) if flight.streams else flight.reply
-        return self._labelled(reply, wanted.exchange, wanted.key)
+        return self._labelled(reply, exchange, wanted.key)
 
     async def _fly(self, flight: Flight, wanted: Wanted) -> None:
         """Make an answer, for all who wait, and keep it."""
         try:
-            await self._make(flight, wanted)
+            if self._store.is_shared or self.questions:
+                await self._find(flight, wanted)
+            elif (entry := await self._generate(flight, wanted)) is not None:
+                self._store.put(wanted.key, entry)
         except Exception as error:  # whatever it is, it is raised where somebody waits
             flight.end(error=error)
         finally:
-            flight.end(error=TruncatedAnswer("it was given up"))
+            if not flight.over:
+                flight.end(error=TruncatedAnswer("it was given up"))
             if self._flights.get(wanted.flight) is flight:
                 del self._flights[wanted.flight]
             if not flight.has(wanted.exchange):
                 await wanted.exchange.close()
 
-    async def _make(self, flight: Flight, wanted: Wanted) -> None:
+    async def _find(self, flight: Flight, wanted: Wanted) -> None:
+        """Look where other replicas and other questions have their answers, before one is made."""
         claim = await self._claim(wanted) if self._store.is_shared else None
         if isinstance(claim, Entry):
             flight.end(claim)
@@ -259,21 +273,23 @@ class Cached:
 
     async def _generate(self, flight: Flight, wanted: Wanted) -> Entry | None:
         """Have an endpoint answer, for all who wait; return what is to be kept."""
-        exchange, entry = wanted.exchange, None
-        reply = await wanted.walk(whole=True).answer()
-        body = await _passed(reply, flight, exchange.endpoint, streams=wanted.asked.envelope.stream)
-        if body is not None and reply.status == 200:
-            entry = self._entry(wanted, reply, body)
+        exchange = wanted.exchange
+        reply = await wanted.walk(None, True).answer()
+        streams = reply.is_event_stream and reply.status == 200 and wanted.asked.envelope.stream
+        flight.begin(reply, exchange.endpoint, streams=streams)
+        body = await _passed(reply, flight) if streams else reply.document if reply.body is None else None
+        entry = None if body is None or reply.status != 200 else self._entry(wanted, reply, body)
         flight.end(entry)
+        if entry is None or not _is_whole(entry, reply, exchange) or len(entry.body) > self._limit:
+            return None
         is_current = self._flights.get(wanted.flight) is flight  # there was no purge meanwhile
-        return entry if entry and _may_be_kept(reply, exchange) and is_current else None
+        return entry if is_current else None
 
     async def _claim(self, wanted: Wanted) -> Claim | Entry | None:
         """Ask to generate alone among replicas, or for what another one has generated."""
         if wanted.wish.no_cache:
             return None
-        deadline = wanted.client.deadline
-        patience = deadline.remaining() if deadline else _PATIENCE
+        patience = wanted.deadline.remaining() if wanted.deadline else _PATIENCE
         found = await _now(self._store.claim(wanted.key, patience))
         wanted.exchange.waited()
         return None if isinstance(found, Entry) and not self._will_do(found, wanted.wish) else found
@@ -290,7 +306,8 @@ class Cached:
         return found
 
     def _entry(self, wanted: Wanted, reply: Reply, body: bytes) -> Entry:
-        exchange, ttl = wanted.exchange, cast(float, wanted.rule.ttl)
+        exchange, tally = wanted.exchange, reply.tally
+        ttl, own = cast(float, wanted.rule.ttl), wanted.wish.ttl
         # By position: that takes a sixth of the time that names do.
         return Entry(
             exchange.model,
@@ -301,13 +318,13 @@ class Cached:
             content_type(reply.headers),
             body,
             self._clock(),
-            ttl if wanted.wish.ttl is None else min(wanted.wish.ttl, ttl),
-            reply.tally.usage,
-            reply.tally.finish_reason,
+            ttl if own is None else min(own, ttl),
+            tally.usage,
+            tally.finish_reason,
         )
 
     async def _keep(self, name: bytes, entry: Entry | None, claim: Claim | None) -> None:
-        if entry is not None and len(entry.body) <= self._limit:
+        if entry is not None:
             if (storing := self._store.put(name, entry, claim)) is not None:
                 await storing
         elif claim is not None:
@@ -317,9 +334,10 @@ class Cached:
 def _key(asked: Asked, model: Model, rule: CacheRule, wish: Wish, key_id: str) -> bytes | None:
     """Return what an answer is kept under, None where it is not to be kept."""
     when = rule.when if wish.when is None or rule.when == "never" else wish.when
-    if when == "never" or (when == "deterministic" and not key.is_deterministic(asked.path, asked.envelope.fields)):
+    if when == "never":
         return None
-    return key.key(asked, model.name, model.revision, key_id if rule.scope == "key" else "")
+    scope = key_id if rule.scope == "key" else ""
+    return key.key(asked, model.name, model.revision, scope, fixed=when == "deterministic")
 
 
 def _near(reply: Reply, flight: Flight) -> Reply:
@@ -334,26 +352,22 @@ async def _now(found: Awaitable[T] | T) -> T:
     return await found if isinstance(found, Awaitable) else found
 
 
-def _may_be_kept(reply: Reply, exchange: Exchange) -> bool:
+def _is_whole(entry: Entry, reply: Reply, exchange: Exchange) -> bool:
     """Say whether an answer is whole, and is the model's own."""
     if exchange.level or exchange.resumed or reply.tally.failed:
         return False
-    if exchange.operation in FIRST_TOKEN and reply.tally.finish_reason not in _WHOLE:
+    if entry.operation in FIRST_TOKEN and entry.finish_reason not in _WHOLE:
         return False
-    return reply.is_event_stream or content_type(reply.headers).lower().startswith(replay.JSON)
+    return entry.stream or entry.content_type.lower().startswith(replay.JSON)
 
 
-async def _passed(reply: Reply, flight: Flight, source: str, *, streams: bool) -> bytes | None:
-    """Pass an answer to all who wait for it; return all of it, None if that is more than is kept, or not asked for."""
-    streams = streams and reply.is_event_stream and reply.status == 200
-    flight.begin(reply, source, streams=streams)
-    if not streams:
-        return reply.document if reply.body is None else None
+async def _passed(reply: Reply, flight: Flight) -> bytes | None:
+    """Pass a stream to all who wait for it; return all of it, None if that is more than is kept."""
+    assert reply.body is not None
     flight.put(reply.opening)
     passing, more = b"", True
     while more:
         try:
-            assert reply.body is not None
             async for data in reply.body:
                 flight.put(reply.read(data))
                 await flight.room()

@@ -1,14 +1,13 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
 from collections.abc import Awaitable
-from functools import partial
 from typing import Any
 
 import msgspec
 
 from proxy import accounting, limits, wire
 from proxy.cache import wish
-from proxy.cache.replies import Client, WhenGone
+from proxy.cache.replies import WhenGone
 from proxy.cached import Cached
 from proxy.deadline import Deadline
 from proxy.ensemble import FanOut
@@ -95,9 +94,12 @@ class Chat:
             asked = asked.without(wish.FIELD)
         if self.cached is None:
             return Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=placed.chosen).answer()
-        walk = partial(Walk, self._ways, asked, model, chain, exchange, chosen=placed.chosen)
-        client = Client(request.deadline, request.when_gone)
-        return self.cached.answer(asked, model, chain, exchange, walk, wish.read(request.headers, field), client)
+
+        def walk(deadline: Deadline | None, whole: bool) -> Walk:
+            return Walk(self._ways, asked, model, chain, exchange, deadline, chosen=placed.chosen, whole=whole)
+
+        said = wish.read(request.headers, field)
+        return self.cached.answer(asked, model, chain, exchange, walk, said, request.deadline, request.when_gone)
 
     async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
         """Answer a request with several models."""

@@ -7,7 +7,9 @@ kept: who is slower than the fastest by more than the limit is let go.
 """
 
 import asyncio
-from typing import Self
+from typing import Any, Self
+
+import msgspec
 
 from proxy.cache import Entry
 from proxy.errors import TruncatedAnswer, UpstreamError
@@ -16,38 +18,34 @@ from proxy.reply import Reply
 _AHEAD = 256 * 1024  # bytes that may be put in before anybody takes them
 
 
-class Flight:
-    """What there is of one answer, and who waits for it. Members are known by what they joined with."""
+class Flight(msgspec.Struct, eq=False):
+    """What there is of one answer, and who waits for it. Members are known by what they joined with.
 
-    __slots__ = (
-        "_gone", "_limit", "_members", "_pieces", "_room", "_size", "_waiting", "entry", "error", "name", "over",
-        "reply", "similarity", "source", "streams", "task",
-    )  # fmt: skip
+    name: that the model has in the answer. limit: bytes of the whole answer that are kept. All else is mutable state.
 
-    def __init__(self, name: str, limit: int) -> None:
-        """name: that the model has in the answer. limit: bytes of the whole answer that are kept."""
-        self.name = name
-        self._limit = limit
-        # All mutable state: the members, with their readers if they read as it comes; the task that is cancelled when
-        # none is left.
-        self._members: dict[object, Reader | None] = {}
-        self.task: asyncio.Task[None] | None = None
-        # Of the answer: the bytes, how many pieces of them are gone at the front, and how many bytes there were.
-        self._pieces: list[bytes] = []
-        self._gone = 0
-        self._size = 0
-        # How far it is: the reply to who began it, once it is there, from which endpoint, and whether it is a stream
-        # that all read; whether it is over, with an entry if it is whole, or what went wrong; who waits for more of it,
-        # and for somebody to take some.
-        self.reply: Reply | None = None
-        self.source = ""
-        self.streams = False
-        self.over = False
-        self.entry: Entry | None = None
-        self.similarity: float | None = None  # of an entry's question to the one that was asked, where that is another
-        self.error: Exception | None = None
-        self._waiting: list[asyncio.Future[None]] = []
-        self._room: asyncio.Future[None] | None = None
+    task: what is cancelled when no member is left. reply: to who began it, once it is there. source: the endpoint that
+    it is from. streams: it is a stream that all read. over: with an entry if it is whole, or an error. similarity: of
+    an entry's question to the one that was asked, where that is another.
+    """
+
+    name: str
+    limit: int
+    task: "asyncio.Task[Any] | None" = None
+    reply: Reply | None = None
+    source: str = ""
+    streams: bool = False
+    over: bool = False
+    entry: Entry | None = None
+    similarity: float | None = None
+    error: Exception | None = None
+    # The members, with their readers if they read as it comes; who waits for more of it, or for somebody to take some.
+    _members: "dict[object, Reader | None]" = {}
+    _waiting: "list[asyncio.Future[None]]" = []
+    _room: "asyncio.Future[None] | None" = None
+    # The bytes of a stream, how many pieces of them are gone at the front, and how many bytes there were.
+    _pieces: list[bytes] = []
+    _gone: int = 0
+    _size: int = 0
 
     def __repr__(self) -> str:
         state = "over" if self.over else "under way"
@@ -109,7 +107,7 @@ class Flight:
         if data:
             self._pieces.append(data)
             self._size += len(data)
-            if self._size > self._limit:
+            if self._size > self.limit:
                 self._trim()
             self._tell()
 
@@ -121,7 +119,7 @@ class Flight:
 
     def whole(self) -> bytes | None:
         """Return all of the stream so far, None if that is more than is kept."""
-        return None if self._gone or self._size > self._limit else b"".join(self._pieces)
+        return None if self._gone or self._size > self.limit else b"".join(self._pieces)
 
     def end(self, entry: Entry | None = None, error: Exception | None = None) -> None:
         """It is over: whole, with an entry for those who do not read as it comes, or failed. The first call counts."""
@@ -135,16 +133,17 @@ class Flight:
     def _trim(self) -> None:
         readers = [reader for reader in self._members.values() if reader]
         for reader in readers:
-            reader.is_lost = self._size - reader.taken > self._limit + _AHEAD
+            reader.is_lost = self._size - reader.taken > self.limit + _AHEAD
         first = min((r.at for r in readers if not r.is_lost), default=self._gone + len(self._pieces))
         del self._pieces[: first - self._gone]
         self._gone = first
 
     def _tell(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for waiter in waiting:
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for waiter in waiting:
+                if not waiter.done():
+                    waiter.set_result(None)
 
     def _make_room(self) -> None:
         room, self._room = self._room, None

@@ -12,12 +12,17 @@ provider reads a request, and the body in a canonical form:
 * Text is not normalized: é as one character or as two are other tokens.
 
 Left out is what does not change the answer: how it is delivered, who asks, and what is for us.
+
+Requests of one client mostly differ in what they say (`messages`, `prompt`, `input`) and in nothing else. So the rest
+of a body, the frame around that, has a digest of its own, and those of the last frames are remembered by their bytes. A
+frame is found by cutting what is said out of the body. It is one only if whatever else stands there is read as that
+field: it is read with a secret in its place.
 """
 
 import hashlib
-from collections.abc import Mapping
+import secrets
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -48,62 +53,135 @@ _SCHEMAS = frozenset(
 )  # fmt: skip
 _SPECIAL = _LEFT_OUT | _STATEFUL | _SCHEMAS
 _TURNS = {CHAT: "messages", "/v1/messages": "messages", "/v1/responses": "input"}
+_SAID = {**_TURNS, COMPLETIONS: "prompt", "/tokenize": "prompt", "/v1/embeddings": "input"}
 _URLS = ("image_url", "audio_url", "video_url", "file_url", "url")
 _HEADERS = (b"anthropic-beta", b"anthropic-version")
-
-Fields = Mapping[str, msgspec.Raw]
+_FRAMES = 256  # that are remembered
+_FRAME_BYTES = 16 * 1024  # that one of them may have
+_NEEDLE = 16  # bytes to look for; looking for long ones takes ten times as long
+_HOLE = secrets.token_hex(16)
+_FILLED = b'"%b"' % _HOLE.encode()
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.Encoder(order="sorted").encode
+_encode_turns = msgspec.json.Encoder().encode
+_sha256 = hashlib.sha256
 
 
-def key(asked: Asked, model: str, revision: str, key_id: str) -> bytes | None:
+class _Turn(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A message of text and nothing else, as most are. The fields are in the order in which they are hashed."""
+
+    content: str
+    role: str
+
+
+_decode_said = msgspec.json.Decoder(list[Any] | str).decode
+_decode_turns = msgspec.json.Decoder(list[_Turn]).decode
+
+# Who asks whom, and how: key_id, salt, model, revision, path, query, headers, and whether it is a stream that no
+# document can be made of.
+_Caller = tuple[str, str | None, str, str, str, bytes, tuple[tuple[bytes, bytes], ...], bool]
+
+
+class _Frame(NamedTuple):
+    """What requests have in common that differ in what they say. digest: empty where no answer to them is kept."""
+
+    scope: bytes
+    digest: bytes
+
+
+_NOT_KEPT = _Frame(b"", b"")
+
+
+def key(asked: Asked, model: str, revision: str, key_id: str, *, fixed: bool = False) -> bytes | None:
     """Return the key of a request, None where its answer may change though the request does not.
 
-    model, revision: what the name stands for now. key_id: whose answers may be given, "" for those of all.
+    model, revision: what the name stands for now. key_id: whose answers may be given, "" for those of all. fixed: only
+    where the answer is the same each time, as far as an engine can make it so: its sampling is fixed.
     """
-    if asked.form or asked.path not in _CACHED_PATHS:
+    path = asked.path
+    if asked.form or path not in _CACHED_PATHS:
         return None
-    body = _canonical(asked.path, asked.body)
-    if body is None:
-        return None
-    salt = asked.salt if key_id else None
-    form = asked.envelope.stream and asked.path not in REPLAYED
     headers = tuple([header for header in asked.headers if header[0] in _HEADERS])
-    scope, rest = _rest(key_id, salt, model, revision, asked.path, asked.query, form, headers)
-    return scope + hashlib.sha256(rest + body).digest()[SCOPE_BYTES:]
-
-
-@lru_cache(maxsize=1024)
-def _rest(key_id: str, *parts: Any) -> tuple[bytes, bytes]:
-    """Return the scope of a key, and a hash of all but the body, which most requests of a caller have in common."""
-    scope = bytes.fromhex(key_id) if key_id else bytes(SCOPE_BYTES)
-    return scope, hashlib.sha256(msgspec.msgpack.encode(parts)).digest()
-
-
-def is_deterministic(path: str, fields: Fields) -> bool:
-    """Say whether a request gives the same answer each time, as far as an engine can: its sampling is fixed."""
-    if OPERATIONS.get(path) in _ALWAYS_SAME:
-        return True
-    temperature, seed = fields.get("temperature"), fields.get("seed")
-    return (temperature is not None and _is_zero(bytes(temperature))) or (seed is not None and bytes(seed) != b"null")
-
-
-def _is_zero(value: bytes) -> bool:
+    streams = asked.envelope.stream and path not in REPLAYED
+    caller = key_id, asked.salt if key_id else None, model, revision, path, asked.query, headers, streams
     try:
-        return float(value) == 0.0
-    except ValueError:
-        return False
-
-
-def _canonical(path: str, body: bytes) -> bytes | None:
-    """Return a body as it is hashed, None for one whose answer depends on more than the body, or that is not valid."""
-    try:
-        fields = _decode(body)
+        frame, said = _cut(asked, path, caller, fixed) or _read(asked.body, path, caller, fixed)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    if _fetches(path, body, fields):
+    if said is None or not frame.digest:
         return None
+    return frame.scope + _sha256(frame.digest + said).digest()[SCOPE_BYTES:]
+
+
+def _cut(asked: Asked, path: str, caller: _Caller, fixed: bool) -> tuple[_Frame, bytes | None] | None:
+    """Return a frame that is known by its bytes, and what is said in it; None for a body to be read whole."""
+    raw = asked.envelope.fields.get(_SAID.get(path, ""))
+    if raw is None:
+        return None
+    said = bytes(raw)
+    if len(asked.body) - len(said) > _FRAME_BYTES or said[0] not in b'["':
+        return None
+    at = asked.body.find(said[:_NEEDLE])
+    if not asked.body.startswith(said, at):
+        return None
+    frame = _frame(asked.body[:at], asked.body[at + len(said) :], path, caller, fixed)
+    if frame is None:
+        return None
+    return frame, _respelled(path, said) if frame.digest else None
+
+
+@lru_cache(maxsize=_FRAMES)
+def _frame(head: bytes, tail: bytes, path: str, caller: _Caller, fixed: bool) -> _Frame | None:
+    """Return the frame that these bytes are, None if what stands between them need not be what is said."""
+    try:
+        fields = _decode(head + _FILLED + tail)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return _digested(fields, path, caller, fixed) if fields.pop(_SAID[path], None) == _HOLE else None
+
+
+def _respelled(path: str, said: bytes) -> bytes | None:
+    """Return what is said as it is hashed, None where a part of it is fetched. Raises DecodeError."""
+    if path == CHAT:
+        try:
+            return _encode_turns(_decode_turns(said))
+        except msgspec.ValidationError:  # there is more than text
+            pass
+    return _canonical_said(path, _decode_said(said))
+
+
+def _canonical_said(path: str, said: Any) -> bytes | None:
+    return None if _fetches(path, said) else _encode(said)
+
+
+def _read(body: bytes, path: str, caller: _Caller, fixed: bool) -> tuple[_Frame, bytes | None]:
+    """Return the frame of any body, and what is said in it, None where a part of it is fetched. Raises DecodeError."""
+    fields = _decode(body)
+    said = fields.get(_SAID.get(path, ""))
+    if said.__class__ is not list and said.__class__ is not str:
+        return _digested(fields, path, caller, fixed), b""
+    del fields[_SAID[path]]
+    return _digested(fields, path, caller, fixed), _canonical_said(path, said)
+
+
+def _digested(fields: dict[str, Any], path: str, caller: _Caller, fixed: bool) -> _Frame:
+    canonical = None if fixed and not _is_fixed(path, fields) else _canonical(path, fields)
+    if canonical is None:
+        return _NOT_KEPT
+    key_id = caller[0]
+    scope = bytes.fromhex(key_id) if key_id else bytes(SCOPE_BYTES)
+    return _Frame(scope, _sha256(msgspec.msgpack.encode(caller) + canonical).digest())
+
+
+def _is_fixed(path: str, fields: dict[str, Any]) -> bool:
+    temperature = fields.get("temperature")
+    is_zero = temperature.__class__ in (int, float) and temperature == 0
+    return OPERATIONS.get(path) in _ALWAYS_SAME or is_zero or fields.get("seed") is not None
+
+
+def _canonical(path: str, fields: dict[str, Any]) -> bytes | None:
+    """Return a frame as it is hashed, None for one with which an answer depends on more than the body."""
     for name in fields.keys() & _SPECIAL:
         value = fields.pop(name)
         if name in _SCHEMAS:
@@ -113,6 +191,8 @@ def _canonical(path: str, body: bytes) -> bytes | None:
         if (name in _STATEFUL and value) or (name == "tools" and not _are_own(value)):
             return None
     if path == "/v1/responses" and "prompt" in fields:  # a template that is kept, and changed, elsewhere
+        return None
+    if path not in _TURNS and _refers(list(fields.values())):
         return None
     for name, value in fields.items():
         if value.__class__ is float and value.is_integer():
@@ -140,12 +220,17 @@ def _with_order(node: Any) -> Any:
     }
 
 
-def _fetches(path: str, body: bytes, fields: dict[str, Any]) -> bool:
-    """Say whether an engine gets a part of the request from elsewhere, where it may change."""
-    turns = fields.get(_TURNS.get(path, ""))
-    if turns.__class__ is list:  # looking into what has more than text costs less than searching the body
-        return any(_refers(turn) for turn in turns if turn.__class__ is dict and list in map(type, turn.values()))
-    return b"url" in body and _refers(list(fields.values()))
+def _fetches(path: str, said: Any) -> bool:
+    """Say whether an engine gets a part of what is said from elsewhere, where it may change."""
+    if path not in _TURNS:
+        return _refers(said)
+    turns = said if said.__class__ is list else ()
+    for turn in turns:  # looking into those that have more than text costs less than looking into all of them
+        if turn.__class__ is dict:
+            for value in turn.values():
+                if value.__class__ is list and _refers(value):
+                    return True
+    return False
 
 
 def _refers(node: Any) -> bool:

@@ -13,6 +13,8 @@ from proxy.cache import Claim, Entry, Stats
 class MemoryStore:
     """A Store that answers at once."""
 
+    is_shared = False
+
     def __init__(self, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
         self._max_bytes = max_bytes
         self._clock = clock
@@ -25,10 +27,6 @@ class MemoryStore:
 
     def __repr__(self) -> str:
         return f"<MemoryStore {len(self._entries)} entries, {self._bytes} of {self._max_bytes} bytes>"
-
-    @property
-    def is_shared(self) -> bool:
-        return False
 
     def get(self, key: bytes) -> Entry | None:
         entry = self._entries.get(key)

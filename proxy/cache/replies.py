@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import NamedTuple
 
 import msgspec
 
@@ -26,29 +25,23 @@ from proxy.telemetry import FIRST_TOKEN
 GONE = "polyvox.when_gone"
 WhenGone = Callable[[Callable[[], object] | None], None]
 
-Walks = Callable[..., Walk]  # from the arguments of Walk that are left open: deadline, whole
-FlightKey = tuple[bytes | str, ...]  # the key of the cache, and the chain
-
-
-class Client(NamedTuple):
-    """What is known of who waits for an answer. when_gone: see GONE; None where it is not there."""
-
-    deadline: Deadline | None = None
-    when_gone: WhenGone | None = None
+Walks = Callable[[Deadline | None, bool], Walk]  # from the arguments of Walk that are left open: deadline, whole
+FlightKey = bytes | tuple[object, ...]  # the key of the cache, with the chain if there is one
 
 
 class Wanted(msgspec.Struct, frozen=True, gc=False):
     """A request whose answer may be kept.
 
-    walk: makes its walk. flight: what requests have in common that can share one generation: who lists other fallbacks
-    wants no part of it. shows_cost: see Exchange.
+    walk: makes its walk. deadline: of its client. when_gone: see GONE. flight: what requests have in common that can
+    share one generation: who lists other fallbacks wants no part of it. shows_cost: see Exchange.
     """
 
     asked: Asked
     model: Model
     walk: Walks
     exchange: Exchange
-    client: Client
+    deadline: Deadline | None
+    when_gone: WhenGone | None
     wish: Wish
     rule: CacheRule
     key: bytes

@@ -4,12 +4,11 @@ import json
 import random
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cache.key import is_deterministic, key
+from proxy.cache.key import key
 from proxy.providers import Asked
 from proxy.wire import read_json
 
@@ -38,8 +37,9 @@ def of(body: bytes | dict[str, Any], path: str = CHAT, **asked: Any) -> bytes | 
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     given = {"query": b"", "headers": [], "salt": SALT, "model": "m", "revision": "r", "key_id": KEY_ID, **asked}
     model, revision, key_id = (given.pop(name) for name in ("model", "revision", "key_id"))
-    envelope = read_json(data)
-    return key(Asked(path=path, body=data, envelope=envelope, request_id=b"id", **given), model, revision, key_id)
+    fixed, envelope = given.pop("fixed", False), read_json(data)
+    request = Asked(path=path, body=data, envelope=envelope, request_id=b"id", **given)
+    return key(request, model, revision, key_id, fixed=fixed)
 
 
 def spelled(value: Any, chance: random.Random, *, ordered: bool = False) -> str:
@@ -184,6 +184,8 @@ def test_a_key_begins_with_the_id_of_its_caller() -> None:
             {"messages": [{"content": [{"source": {"type": "url", "url": "https://example.com/a.png"}}]}]},
         ),
         ("/v1/messages", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
+        ("/v1/embeddings", {"messages": [{"content": [{"image_url": {"url": "https://example.com/a.png"}}]}]}),
+        ("/v1/embeddings", {"input": [{"content": [{"image_url": {"url": "https://example.com/a.png"}}]}]}),
         ("/v1/audio/transcriptions", {}),
     ],
 )
@@ -208,6 +210,57 @@ def test_an_answer_that_depends_on_the_request_alone_has_a_key(path: str, fields
     assert of({"model": "m", **fields}, path) is not None
 
 
+SAID = [
+    # What is said stands there twice, or inside of something else, or is cut where it is not meant.
+    '{"model":"m","messages":["a"],"messages":["a"]}',
+    '{"model":"m","messages":["b"],"messages":["a"]}',
+    '{"model":"m","x":["a"],"messages":["a"]}',
+    '{"model":"m","x":null,"messages":["a"]}',
+    '{"model":"m","messages":["a"],"x":["a"]}',
+    '{"model":"m","x":"[]","messages":[]}',
+    '{"model":"m","x":"","messages":[]}',
+    '{"model":"m","x":{"messages":["a"]},"messages":["a"]}',
+    '{"model":"m","x":{"messages":["a"]},"messages":["b"]}',
+    '{"model":"m","x":"k[",",":"]z","messages":[",",":"]}',
+    '{"model":"m","x":"kz","messages":[",",":"]}',
+    '{"model":"m","messages":"a"}',
+    '{"model":"a","messages":"a"}',
+    '{"model":"m","messages":null}',
+    '{"model":"m","messages":[]}',
+    '{"model":"m"}',
+]
+
+
+@pytest.mark.parametrize("first", range(len(SAID)))
+def test_a_body_has_the_key_of_what_is_read_of_it_wherever_its_parts_stand(first: int) -> None:
+    def read(body: str) -> str:
+        return json.dumps({k: v for k, v in json.loads(body).items() if k != "model"}, sort_keys=True)
+
+    for other in SAID:
+        assert (of(SAID[first].encode()) == of(other.encode())) == (read(SAID[first]) == read(other)), other
+
+
+TOLD = st.lists(st.sampled_from(["[", "]", '"', ",", ":", "messages", "x", "[]", "null"]), max_size=5).map("".join)
+NESTED = st.recursive(
+    st.none() | TOLD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TOLD, inner, max_size=2), max_leaves=6
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["messages", "x", "y"]), NESTED), max_size=4), st.data())
+def test_no_two_bodies_have_one_key_though_they_are_cut(fields: list[tuple[str, Any]], data: st.DataObject) -> None:
+    """A body is written with keys that come twice, and compared with one that is written from what it means."""
+
+    def written(pairs: list[tuple[str, Any]]) -> bytes:
+        inner = "".join(f",{json.dumps(name)}:{json.dumps(value)}" for name, value in pairs)
+        return f'{{"model":"m"{inner}}}'.encode()
+
+    meant = dict(fields)
+    assert of(written(fields)) == of(written(list(meant.items()))) == of(written(sorted(meant.items()))) is not None
+    values = NESTED | st.sampled_from([value for _, value in fields] or [1])
+    other = data.draw(st.lists(st.tuples(st.sampled_from(["messages", "x", "y"]), values), max_size=4))
+    assert (of(written(other)) == of(written(fields))) == (dict(other) == meant)
+
+
 def test_where_forms_cannot_be_made_of_each_other_each_has_its_key() -> None:
     assert of({"model": "m", "stream": True}, "/v1/messages") != of({"model": "m"}, "/v1/messages")
 
@@ -220,6 +273,7 @@ def test_where_forms_cannot_be_made_of_each_other_each_has_its_key() -> None:
         (CHAT, {"seed": 0, "temperature": 2}, True),
         (CHAT, {"temperature": 0.1}, False),
         (CHAT, {"temperature": "0"}, False),
+        (CHAT, {"temperature": False}, False),
         (CHAT, {"seed": None}, False),
         (CHAT, {}, False),
         ("/v1/embeddings", {}, True),
@@ -227,5 +281,5 @@ def test_where_forms_cannot_be_made_of_each_other_each_has_its_key() -> None:
     ],
 )
 def test_what_gives_the_same_answer_each_time(path: str, fields: dict[str, Any], expected: bool) -> None:
-    raw = {name: msgspec.Raw(json.dumps(value).encode()) for name, value in fields.items()}
-    assert is_deterministic(path, raw) is expected
+    for said in ({}, {"messages": [], "input": "x"}):
+        assert (of({"model": "m", **fields, **said}, path, fixed=True) is not None) is expected
