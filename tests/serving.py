@@ -3,10 +3,8 @@
 import contextlib
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ import httpx2
 import msgspec
 import psutil
 
+from benchmarks.ports import free_port
 from engines import marks
 from engines.paths import StatePaths
 from engines.spec import EngineStatus, FleetStatus
@@ -199,17 +198,3 @@ def answers(client: httpx2.Client, url: str) -> bool:
         return client.get(url).status_code == 200
     except httpx2.TransportError:
         return False
-
-
-def free_port() -> int:
-    """Return a port of the loopback that nobody listens on, and that nobody is given who asks for any port.
-
-    One of those would be taken now and then, before a server that was told to listen there has started: by a connection
-    to somewhere else, or by this very one to itself.
-    """
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    others = [port for port in range(10_000, 65_536) if not low <= port <= high] or [0]
-    while True:
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", random.choice(others)))
-            return int(s.getsockname()[1])

@@ -10,10 +10,10 @@ import httpx2
 import msgspec
 import pytest
 
+from benchmarks.ports import free_port
 from proxy.config import BreakerSettings, Config, EndpointSettings, ModelSettings, RetrySettings, Timeouts
 from tests.fakes.one_worker import DONE, EVENTS, JSON, ROLE, Proxy, document, event, events, proxying, text_of
 from tests.fakes.scripted_upstream import Play, ScriptedUpstream, Step, eventually, ok, upstream
-from tests.serving import free_port
 
 SOON = Timeouts(connect=1.0, first_byte=0.5, between_bytes=0.5)  # for who is silent; others may need longer
 PATIENT = Timeouts(connect=60.0, first_byte=60.0, between_bytes=60.0)

@@ -14,8 +14,9 @@ import httpx2
 import psutil
 import pytest
 
+from benchmarks.ports import free_port
 from tests.scraping import Page
-from tests.serving import Server, answers, command, eventually, free_port, start, stop, wait_until_ready
+from tests.serving import Server, answers, command, eventually, start, stop, wait_until_ready
 
 KEY, ADMIN = "sk-sentinel-client", "sk-sentinel-admin"
 FAST = {"time_to_first_token": 0.0, "time_per_token": 0.0, "tokens": 8}

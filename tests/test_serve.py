@@ -15,7 +15,8 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.serving import Server, answers, command, eventually, free_port, serve, start, stop, wait_until_ready
+from benchmarks.ports import free_port
+from tests.serving import Server, answers, command, eventually, serve, start, stop, wait_until_ready
 
 FAST = {"time_to_first_token": 0.0, "time_per_token": 0.0, "tokens": 8}
 SLOW = {"time_to_first_token": 0.0, "time_per_token": 0.05, "tokens": 2000}

