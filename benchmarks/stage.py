@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import yaml
 
 from benchmarks import processes
 from benchmarks.faults import Relay, Victim
+from benchmarks.ports import free_port
 from benchmarks.questions import FAR, HOME
 from engines import marks
 from engines.control_client import ControlClient, ControlUnreachable
@@ -156,7 +156,7 @@ def _server(folder: Path, cloud: str) -> Iterator[Stage]:
     """Run the server until the block ends; give it at once."""
     shared = os.environ.get("POLYVOX_DATA_DIR")  # environments and weights are made once
     paths = StatePaths.resolve(folder / "state", Path(shared) if shared else StatePaths.resolve().data)
-    config, output, port = folder / "polyvox.yaml", folder / "output.log", _free_port()
+    config, output, port = folder / "polyvox.yaml", folder / "output.log", free_port()
     config.write_text(yaml.safe_dump(configuration(_SHIPPED, cloud)))
     words = ["--config", str(config), "--port", str(port), "--state-dir", str(folder / "state")]
     command = [sys.executable, "-m", "proxy", "serve", *words, "--data-dir", str(paths.data)]
@@ -203,9 +203,3 @@ def _command(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

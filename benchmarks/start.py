@@ -8,7 +8,6 @@ import argparse
 import os
 import platform
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 import httpx2
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.ports import free_port
 
 LIMIT = 600.0  # seconds
 QUESTION = {
@@ -46,7 +47,7 @@ def main() -> None:
 
 def timed(clone: Path, home: Path) -> tuple[float, float, str]:
     """Run `make serve` once; return seconds to listening, seconds to the first answer, and the answer."""
-    port = _free_port()
+    port = free_port()
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "POLYVOX_", "VIRTUAL_ENV"))}
     began = time.monotonic()
     with (
@@ -84,12 +85,6 @@ def _status(client: httpx2.Client, path: str) -> int:
         return client.get(path).status_code
     except httpx2.TransportError:
         return 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import httpx2
 import msgspec
 import psutil
 
+from benchmarks.ports import free_port
 from engines import marks
 from engines.paths import StatePaths
 from engines.spec import EngineStatus, FleetStatus
@@ -76,7 +76,7 @@ class Server(msgspec.Struct, frozen=True):
     def fleet(self) -> dict[str, EngineStatus]:
         """Return the engines by model, as the supervisor tells them over its control socket."""
         transport = httpx2.HTTPTransport(uds=str(self.paths.control_socket))
-        with httpx2.Client(transport=transport, base_url="http://control") as client:
+        with httpx2.Client(transport=transport, base_url="http://control", timeout=60) as client:
             fleet = msgspec.json.decode(client.get("/fleet").content, type=FleetStatus)
         return {e.model: e for e in fleet.engines}
 
@@ -85,7 +85,7 @@ class Server(msgspec.Struct, frozen=True):
         address = self.fleet()[model].address
         assert address, f"the engine of {model} has no address"
         transport = httpx2.HTTPTransport(uds=address.removeprefix("unix:"))
-        return httpx2.Client(transport=transport, base_url="http://engine", timeout=30)
+        return httpx2.Client(transport=transport, base_url="http://engine", timeout=60)
 
     def gauge(self, model: str, name: str) -> float:
         """Return the sum of a metric of the engine of a model over its labels."""
@@ -183,7 +183,7 @@ def _mark(process: psutil.Process) -> str | None:
 
 
 def eventually(
-    condition: Callable[[], object], deadline: float, message: Callable[[], str] = str, pause: float = 0.05
+    condition: Callable[[], object], deadline: float = 60.0, message: Callable[[], str] = str, pause: float = 0.05
 ) -> None:
     """Poll until the condition holds; fail after `deadline` seconds."""
     end = time.monotonic() + deadline
@@ -198,10 +198,3 @@ def answers(client: httpx2.Client, url: str) -> bool:
         return client.get(url).status_code == 200
     except httpx2.TransportError:
         return False
-
-
-def free_port() -> int:
-    """Return a port of the loopback that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

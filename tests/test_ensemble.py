@@ -16,7 +16,7 @@ from tests.fakes.one_worker import DONE, EVENTS, JSON, ROLE, Proxy, event, proxy
 from tests.fakes.scripted_upstream import Play, ScriptedUpstream, Step, eventually, ok, upstream
 
 Story = Callable[[Proxy, dict[str, ScriptedUpstream]], Awaitable[None]]
-PATIENT = Timeouts(connect=5.0, first_byte=20.0, between_bytes=20.0)
+PATIENT = Timeouts(connect=60.0, first_byte=60.0, between_bytes=60.0)
 
 
 def completion(text: str | None, *, finish: str = "stop", logprobs: list[float] | None = None, **message: Any) -> bytes:
@@ -60,18 +60,18 @@ def ensemble(story: Story, plays: dict[str, Play | list[Play]], **settings: Any)
                 for name, u in upstreams.items()
             }
             members = {name: 1.0 for name in plays if name not in ("judge", "writer")}
-            council = EnsembleSettings(**{"members": members, "timeout": 5.0, **settings})
+            council = EnsembleSettings(**{"members": members, "timeout": 60.0, **settings})
             proxy = await stack.enter_async_context(proxying(Config(models=models, ensembles={"council": council})))
             await story(proxy, upstreams)
             await eventually(lambda: proxy.running() == 0)
             assert proxy.in_flight() == 0
 
-    asyncio.run(asyncio.wait_for(tell(), 30))
+    asyncio.run(asyncio.wait_for(tell(), 120))
 
 
 def patience(plays: dict[str, Play]) -> float:
     """Seconds in which whoever answers has surely done so: few only where somebody hangs."""
-    return 1.0 if SILENCE in plays.values() else 20.0
+    return 1.0 if SILENCE in plays.values() else 60.0
 
 
 def said(body: dict[str, Any]) -> str:
@@ -500,7 +500,7 @@ def test_the_time_that_a_client_gives_ends_what_its_members_do():
 
 def test_the_time_that_a_client_gives_ends_what_is_written_in_an_error():
     async def story(proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
-        proxy.client.headers["x-request-timeout"] = "1.5"
+        proxy.client.headers["x-request-timeout"] = "4"
         answer = await proxy.ask("council", stream=True)
         assert chunks_of(answer.text)[-1]["error"]["code"] == "deadline_exceeded"
         assert "[DONE]" not in answer.text
@@ -532,7 +532,7 @@ def configured(
             proxy = await stack.enter_async_context(proxying(Config(models=models, **configuration)))
             await story(proxy, upstreams)
 
-    asyncio.run(asyncio.wait_for(tell(), 30))
+    asyncio.run(asyncio.wait_for(tell(), 120))
 
 
 def test_a_member_that_is_a_preset_has_its_system_prompt_and_the_others_have_not():
@@ -628,8 +628,9 @@ def test_however_requests_end_nothing_of_them_is_left():
         await proxy.ask("council")
         before = len(asyncio.all_tasks())
         for stream in (False, True) * 5:
+            connections = upstreams["c"].connections
             asking = [asyncio.create_task(proxy.ask("council", stream=stream)) for _ in range(4)]
-            await eventually(lambda: bool(upstreams["c"].open))
+            await eventually(lambda: upstreams["c"].connections > connections)  # noqa: B023
             asking[0].cancel()
             await asyncio.gather(*asking, return_exceptions=True)
         await eventually(lambda: proxy.running() == 0 and not upstreams["c"].open)

@@ -10,19 +10,20 @@ import httpx2
 import msgspec
 import pytest
 
+from benchmarks.ports import free_port
 from proxy.config import BreakerSettings, Config, EndpointSettings, ModelSettings, RetrySettings, Timeouts
 from proxy.failures import retry_after
 from tests.fakes.one_worker import DONE, EVENTS, JSON, ROLE, Proxy, document, event, events, proxying, text_of
 from tests.fakes.scripted_upstream import Play, ScriptedUpstream, Step, eventually, ok, upstream
-from tests.serving import free_port
 
-SOON = Timeouts(connect=1.0, first_byte=0.2, between_bytes=0.2)
+SOON = Timeouts(connect=1.0, first_byte=0.5, between_bytes=0.5)  # for who is silent; others may need longer
+PATIENT = Timeouts(connect=60.0, first_byte=60.0, between_bytes=60.0)
 Story = Callable[[Proxy, ScriptedUpstream, ScriptedUpstream], Awaitable[None]]
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n" + EVENTS + b"\r\n\r\n"
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(story, 30))
+    asyncio.run(asyncio.wait_for(story, 120))
 
 
 def piece(data: bytes) -> bytes:
@@ -54,7 +55,7 @@ def endpoint(address: str, **settings: Any) -> EndpointSettings:
 
 
 def model(*addresses: str, **settings: Any) -> ModelSettings:
-    return ModelSettings(endpoints=tuple(map(endpoint, addresses)), **{"timeouts": SOON, **settings})
+    return ModelSettings(endpoints=tuple(map(endpoint, addresses)), **{"timeouts": PATIENT, **settings})
 
 
 def two_models(first: Play | str, second: Play, story: Story, **settings: Any) -> None:
@@ -64,8 +65,9 @@ def two_models(first: Play | str, second: Play, story: Story, **settings: Any) -
         async with AsyncExitStack() as stack:
             b = await stack.enter_async_context(upstream(second))
             a = b if isinstance(first, str) else await stack.enter_async_context(upstream(first))
-            address = first if isinstance(first, str) else a.address
-            config = Config(models={"m": model(address, **settings), "n": model(b.address)}, fallbacks={"m": ("n",)})
+            address, falls_silent = (first, False) if isinstance(first, str) else (a.address, Step.STALL in first)
+            m = model(address, **{"timeouts": SOON if falls_silent else PATIENT, **settings})
+            config = Config(models={"m": m, "n": model(b.address)}, fallbacks={"m": ("n",)})
             proxy = await stack.enter_async_context(proxying(config))
             await story(proxy, a, b)
             await eventually(lambda: proxy.running() == 0)
@@ -648,6 +650,7 @@ def test_clients_that_go_away_open_no_breaker_and_end_what_they_asked_for(stream
 def test_a_client_that_goes_away_while_we_wait_to_try_again_leaves_nothing():
     async def tell() -> None:
         async with upstream([Step.RESET]) as a, proxying(Config(models={"m": model(a.address)})) as proxy:
+            proxy.endpoints.chance = lambda: 1e6  # so many times as long as usual
             asking = asyncio.create_task(proxy.ask())
             await eventually(lambda: proxy.page().value("polyvox_attempt_failures_total") == 1)
             asking.cancel()

@@ -70,12 +70,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=server.base_url, headers={"authorization": f"Bearer {KEY}"}, timeout=20) as c:
+    with httpx2.Client(base_url=server.base_url, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as c:
         yield c
 
 
 def connect(server: Server) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(server.base_url.rsplit(":", 1)[1])), timeout=20)
+    return socket.create_connection(("127.0.0.1", int(server.base_url.rsplit(":", 1)[1])), timeout=60)
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -289,9 +289,9 @@ def test_each_key_has_its_own_part_of_the_cache_and_cannot_choose_anothers(serve
     salts = []
     for key, extra in ((KEY, {}), (OTHER, {}), (KEY, {})):
         told = {"x-api-key": key, "cache-control": "no-store"}  # each of them is to reach the engine
-        httpx2.post(server.base_url + path, json={**body, **extra}, headers=told)
+        httpx2.post(server.base_url + path, json={**body, **extra}, headers=told, timeout=60)
         salts.append(salt(server))
-    httpx2.post(server.base_url + path, json={**body, "cache_salt": salts[0]}, headers={"x-api-key": OTHER})
+    httpx2.post(server.base_url + path, json={**body, "cache_salt": salts[0]}, headers={"x-api-key": OTHER}, timeout=60)
     assert salts[0] == salts[2] != salts[1]
     assert salt(server) not in salts
     assert salt(server).startswith(salts[1])
@@ -341,7 +341,7 @@ def test_none_of_this_is_in_the_log_with_a_key_or_a_traceback(server: Server):
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    timeouts = {"head_timeout": 0.4, "body_timeout": 0.4}
+    timeouts = {"head_timeout": 1.0, "body_timeout": 1.0}
     configuration = {"server": {"api_keys": [KEY], **timeouts}, "models": {"fast": {"engine": {"simulator": FAST}}}}
     with serve(configuration, tmp_path_factory.mktemp("impatient")) as running:
         yield running
@@ -391,10 +391,10 @@ def test_a_second_head_that_comes_slowly_is_timed_out_too(impatient: Server):
 
 def test_an_answer_may_take_longer_than_a_request(tmp_path: Path):
     engine = {"simulator": {"time_to_first_token": 0.0, "time_per_token": 0.1, "tokens": 20}}
-    server = {"head_timeout": 0.2, "body_timeout": 0.2}
+    server = {"head_timeout": 0.5, "body_timeout": 0.5}
     with (
         serve({"server": server, "models": {"slow": {"engine": engine}}}, tmp_path) as running,
-        httpx2.Client(base_url=running.base_url, timeout=30) as client,
+        httpx2.Client(base_url=running.base_url, timeout=60) as client,
     ):
         for _ in "12":
             body = {"model": "slow", "prompt": "x", "stream": True}
@@ -413,17 +413,19 @@ def test_a_thousand_idle_connections_do_not_stop_others(server: Server, client: 
 
 
 def test_new_clients_take_the_places_of_idle_ones_when_all_are_taken(tmp_path: Path):
-    configuration = {"server": {"max_connections": 4, "head_timeout": 4.0}, "models": {}}
+    configuration = {"server": {"max_connections": 4, "head_timeout": 3600.0}, "models": {}}
     running = start(configuration, tmp_path)
     try:
-        eventually(lambda: _healthy(running), 30, running.log)
+        eventually(lambda: _healthy(running), message=running.log)
         with contextlib.ExitStack() as stack:
             for _ in range(4):
                 stack.enter_context(connect(running))
-            eventually(lambda: _healthy(running), 3)
+            eventually(lambda: _healthy(running))
         with contextlib.ExitStack() as stack:
             for _ in range(4):
-                stack.enter_context(connect(running)).sendall(POST + b"content-length: 10\r\n\r\n")
+                busy = stack.enter_context(connect(running))
+                busy.sendall(POST + b"expect: 100-continue\r\ncontent-length: 10\r\n\r\n")
+                assert status_of(busy.recv(65536)) == 100
             refused = stack.enter_context(connect(running))
             assert status_of(read_all(refused)) == 503
     finally:
@@ -433,6 +435,6 @@ def test_new_clients_take_the_places_of_idle_ones_when_all_are_taken(tmp_path: P
 
 def _healthy(server: Server) -> bool:
     try:
-        return httpx2.get(server.base_url + "/health").status_code == 200
+        return httpx2.get(server.base_url + "/health", timeout=60).status_code == 200
     except httpx2.TransportError:
         return False

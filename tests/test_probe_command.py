@@ -36,13 +36,13 @@ def serving(**settings: object) -> Iterator[AbleServer]:
     thread = Thread(target=loop.run_forever)
     thread.start()
     context = able_server(**settings)
-    able = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(10)
+    able = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(60)
     try:
         yield able
     finally:
-        asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(10)
+        asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 
@@ -168,10 +168,10 @@ def test_a_running_server_goes_by_what_is_found(tmp_path):
             assert lengths(server) == {None}
             done = polyvox(tmp_path, "probe", "cloud", "-c", str(server.config))
             assert done.returncode == 0, done.stderr
-            eventually(lambda: lengths(server) == {2000}, 20.0)
+            eventually(lambda: lengths(server) == {2000})
 
 
 def lengths(server: Server) -> set[int | None]:
     """The context length of the model, asked for so often that each worker has answered."""
-    cards = [httpx2.get(f"{server.base_url}/v1/models/cloud").json() for _ in range(20)]
+    cards = [httpx2.get(f"{server.base_url}/v1/models/cloud", timeout=60).json() for _ in range(20)]
     return {card["max_model_len"] for card in cards}

@@ -14,8 +14,9 @@ import httpx2
 import psutil
 import pytest
 
+from benchmarks.ports import free_port
 from tests.scraping import Page
-from tests.serving import Server, answers, command, eventually, free_port, start, stop, wait_until_ready
+from tests.serving import Server, answers, command, eventually, start, stop, wait_until_ready
 
 KEY, ADMIN = "sk-sentinel-client", "sk-sentinel-admin"
 FAST = {"time_to_first_token": 0.0, "time_per_token": 0.0, "tokens": 8}
@@ -31,8 +32,8 @@ def elsewhere(tokens: int) -> Iterator[str]:
     words = ["--model", "remote", "--port", str(port), "--tokens", str(tokens), "--time-per-token", "0"]
     process = psutil.Popen([sys.executable, "-m", "engines.simulator", *words])
     try:
-        with httpx2.Client() as probe:
-            eventually(lambda: answers(probe, f"http://127.0.0.1:{port}/health"), 30)
+        with httpx2.Client(timeout=60) as probe:
+            eventually(lambda: answers(probe, f"http://127.0.0.1:{port}/health"))
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
@@ -100,7 +101,7 @@ def everywhere(server: Server, ask: Callable[[httpx2.Client], int]) -> set[int]:
     """Return what comes on many connections, for both workers to take some."""
     headers, statuses = {"authorization": f"Bearer {KEY}"}, set()
     for _ in range(12):
-        with httpx2.Client(base_url=server.base_url, headers=headers, timeout=20) as client:
+        with httpx2.Client(base_url=server.base_url, headers=headers, timeout=60) as client:
             statuses.add(ask(client))
     return statuses
 
@@ -123,7 +124,7 @@ def admin(server: Server, method: str, path: str, body: object = None) -> httpx2
 
 
 def scrape(server: Server) -> Page:
-    answer = httpx2.get(server.base_url + "/metrics", headers={"authorization": f"Bearer {KEY}"})
+    answer = httpx2.get(server.base_url + "/metrics", headers={"authorization": f"Bearer {KEY}"}, timeout=60)
     return Page.of(answer.raise_for_status().text)
 
 
@@ -139,7 +140,7 @@ class Load:
     def __enter__(self) -> "Load":
         for thread in self._threads:
             thread.start()
-        eventually(lambda: self.answered or self.failures, 30)
+        eventually(lambda: self.answered or self.failures)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,7 +151,7 @@ class Load:
     def _ask(self, model: str, stream: bool) -> None:
         body = {"model": model, "stream": stream, **ASK}
         headers = {"authorization": f"Bearer {KEY}"}
-        with httpx2.Client(base_url=self._server.base_url, headers=headers, timeout=30) as client:
+        with httpx2.Client(base_url=self._server.base_url, headers=headers, timeout=60) as client:
             while not self._over.is_set():
                 try:
                     answer = client.post("/v1/chat/completions", json=body)
@@ -181,7 +182,7 @@ def test_requests_for_a_model_that_is_removed_are_answered_to_their_end(server: 
     wanted, body = configuration(remotes), {"model": "slow", "stream": True, **ASK}
     headers = {"authorization": f"Bearer {KEY}"}
     with (
-        httpx2.Client(base_url=server.base_url, headers=headers, timeout=30) as client,
+        httpx2.Client(base_url=server.base_url, headers=headers, timeout=60) as client,
         client.stream("POST", "/v1/chat/completions", json=body) as answer,
     ):
         pieces = answer.iter_raw()
@@ -190,7 +191,7 @@ def test_requests_for_a_model_that_is_removed_are_answered_to_their_end(server: 
         assert configure(server, wanted)["removed"] == ["models.slow"]
         assert everywhere(server, chat("slow")) == {404}
         assert (first + b"".join(pieces)).endswith(b"data: [DONE]\n\n")
-    eventually(lambda: "slow" not in server.fleet(), 30)
+    eventually(lambda: "slow" not in server.fleet())
 
 
 def test_a_new_model_answers_and_a_removed_one_is_unknown(server: Server, remotes: tuple[str, str]):
@@ -343,17 +344,23 @@ def test_requests_that_wait_for_a_model_are_answered_though_it_is_removed(server
     wanted["models"]["narrow"] = {"endpoints": [again]}
     configure(server, wanted)
     statuses: list[int] = []
+    eventually(lambda: server.fleet()["slow"].state == "ready")
+    (engine,) = (p for p in server.processes("slow") if "engines.simulator" in command(p) and "--uds" in command(p))
 
     def ask() -> None:
-        with httpx2.Client(base_url=server.base_url, headers={"authorization": f"Bearer {KEY}"}, timeout=30) as client:
+        with httpx2.Client(base_url=server.base_url, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client:
             statuses.append(chat("narrow")(client))
 
     threads = [threading.Thread(target=ask) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    eventually(lambda: scrape(server).value("polyvox_num_requests_waiting", model_name="narrow") >= 2, 20)
-    del wanted["models"]["narrow"]
-    configure(server, wanted)
+    engine.suspend()
+    try:
+        for thread in threads:
+            thread.start()
+        eventually(lambda: scrape(server).value("polyvox_num_requests_waiting", model_name="narrow") >= 2)
+        del wanted["models"]["narrow"]
+        configure(server, wanted)
+    finally:
+        engine.resume()
     for thread in threads:
         thread.join()
     assert statuses == [200] * 6
@@ -385,7 +392,7 @@ def test_a_hangup_reloads(server: Server, remotes: tuple[str, str]):
     wanted["aliases"]["hung-up"] = "fast"
     file(server).write_text(json.dumps(wanted))
     server.process.send_signal(signal.SIGHUP)
-    eventually(lambda: everywhere(server, chat("hung-up")) == {200}, 20)
+    eventually(lambda: everywhere(server, chat("hung-up")) == {200})
     assert "added alias hung-up" in server.log()
 
 
@@ -407,10 +414,10 @@ def test_a_terminal_that_is_closed_ends_the_server_that_was_started_there(tmp_pa
             stdin=theirs, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     os.close(theirs)
-    eventually(lambda: "Polyvox listens on" in log.read_text() or server.poll() is not None, 30)
+    eventually(lambda: "Polyvox listens on" in log.read_text() or server.poll() is not None)
     below = server.children(recursive=True)
     os.close(ours)
-    assert server.wait(30) == 0, log.read_text()
+    assert server.wait(60) == 0, log.read_text()
     assert [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
 
@@ -420,14 +427,14 @@ def test_a_file_that_changes_is_followed_also_when_another_takes_its_name(server
     configure(server, wanted)
     wanted["aliases"]["written"] = "fast"
     file(server).write_text(json.dumps(wanted))
-    eventually(lambda: everywhere(server, chat("written")) == {200}, 20)
+    eventually(lambda: everywhere(server, chat("written")) == {200})
     wanted["aliases"]["renamed"] = "fast"
     new = file(server).with_suffix(".new")
     new.write_text(json.dumps(wanted))
     new.rename(file(server))
-    eventually(lambda: everywhere(server, chat("renamed")) == {200}, 20)
+    eventually(lambda: everywhere(server, chat("renamed")) == {200})
     file(server).write_text("models: [")
-    eventually(lambda: "refused" in server.log() and "not valid YAML" in server.log(), 20)
+    eventually(lambda: "refused" in server.log() and "not valid YAML" in server.log())
     assert everywhere(server, chat("renamed")) == {200}
 
 
@@ -460,7 +467,7 @@ def test_a_worker_that_starts_later_has_the_newest_configuration(server: Server,
     dying = [p for p in server.process.children() if "proxy.worker" in command(p)]
     for worker in dying:
         worker.kill()
-    eventually(lambda: answers(httpx2.Client(), f"{server.base_url}/ready"), 30)
+    eventually(lambda: answers(httpx2.Client(timeout=60), f"{server.base_url}/ready"))
     assert everywhere(server, chat("newest")) == {200}
     assert scrape(server).value("polyvox_requests_total", model_name="fast") == before
 
@@ -474,10 +481,10 @@ def test_engines_come_go_and_change_and_the_others_keep_their_process(server: Se
     assert everywhere(server, tokens("extra")) == {8}
     wanted["models"]["extra"] = {"engine": {"simulator": {**FAST, "tokens": 2}}}
     configure(server, wanted)
-    eventually(lambda: everywhere(server, tokens("extra")) == {2}, 30)
+    eventually(lambda: everywhere(server, tokens("extra")) == {2})
     del wanted["models"]["extra"]
     configure(server, wanted)
-    eventually(lambda: "extra" not in server.fleet(), 30)
+    eventually(lambda: "extra" not in server.fleet())
     assert server.fleet()["fast"].pid == before
 
 
@@ -485,11 +492,11 @@ def test_while_the_replicas_of_a_model_change_one_after_the_other_it_answers(ser
     wanted = configuration(remotes)
     wanted["models"]["twice"] = {"engine": {"simulator": FAST, "replicas": 2}}
     configure(server, wanted)
-    eventually(lambda: server.fleet()["twice"].state == "ready", 30)
+    eventually(lambda: server.fleet()["twice"].state == "ready")
     with Load(server, "twice") as load:
         wanted["models"]["twice"] = {"engine": {"simulator": {**FAST, "tokens": 2}, "replicas": 2}}
         configure(server, wanted)
-        eventually(lambda: everywhere(server, tokens("twice")) == {2}, 30)
+        eventually(lambda: everywhere(server, tokens("twice")) == {2})
     assert load.failures == []
 
 

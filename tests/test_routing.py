@@ -64,7 +64,7 @@ def tell(
             config = Config(**{"models": {**models, **(more or {})}, "aliases": ALIASES, **settings})
             await story(await stack.enter_async_context(proxying(config)), found)
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def asks(text: str) -> list[dict[str, str]]:

@@ -16,7 +16,8 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.serving import Server, answers, command, eventually, free_port, serve, start, stop, wait_until_ready
+from benchmarks.ports import free_port
+from tests.serving import Server, answers, command, eventually, serve, start, stop, wait_until_ready
 
 FAST = {"time_to_first_token": 0.0, "time_per_token": 0.0, "tokens": 8}
 SLOW = {"time_to_first_token": 0.0, "time_per_token": 0.05, "tokens": 2000}
@@ -24,7 +25,7 @@ KEY = "sk-sentinel-client"
 UPSTREAM_KEY = "sk-sentinel-upstream"
 
 
-def simulator(**settings: object) -> dict[str, object]:
+def simulator(**settings: object) -> dict[str, dict[str, object]]:
     return {"engine": {"simulator": {**FAST, **settings}, "restart": {"first_delay": 0.1}}}
 
 
@@ -39,7 +40,7 @@ def server(folder: Path) -> Iterator[Server]:
     port = free_port()
     lives = {"base_url": f"http://127.0.0.1:{port}/v1", "api_key": UPSTREAM_KEY, "model": "remote-name"}
     configuration = {
-        "server": {"port": 0, "api_keys": [KEY], "max_body_bytes": 65536, "start_wait": 0.2, "workers": 2},
+        "server": {"port": 0, "api_keys": [KEY], "max_body_bytes": 65536, "workers": 2},
         "models": {
             "fast": simulator(),
             "slow": simulator(**SLOW),
@@ -54,11 +55,11 @@ def server(folder: Path) -> Iterator[Server]:
         [sys.executable, "-m", "engines.simulator", "--model", "remote-name", "--port", str(port),
          "--time-to-first-token", "0", "--time-per-token", "0", "--tokens", "8"]
     )  # fmt: skip
-    with httpx2.Client() as probe:
-        eventually(lambda: answers(probe, f"http://127.0.0.1:{port}/health"), 30)
+    with httpx2.Client(timeout=60) as probe:
+        eventually(lambda: answers(probe, f"http://127.0.0.1:{port}/health"))
     try:
         running = start(configuration, folder)
-        eventually(lambda: _states(running) == {*EVERY_READY, "never/0 stopped"}, 30, running.log)
+        eventually(lambda: _states(running) == {*EVERY_READY, "never/0 stopped"}, message=running.log)
         yield running
         stop(running)
     finally:
@@ -69,9 +70,16 @@ def server(folder: Path) -> Iterator[Server]:
 EVERY_READY = {"fast/0 ready", "slow/0 ready", "twice/0 ready", "twice/1 ready"}
 
 
+def load(server: Server, model: str) -> None:
+    """Have the engine of a model start."""
+    transport = httpx2.HTTPTransport(uds=str(server.paths.control_socket))
+    with httpx2.Client(transport=transport, timeout=60) as client:
+        client.post("http://control/engines/load", json={"model": model}).raise_for_status()
+
+
 def _states(server: Server) -> set[str]:
     try:
-        with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(server.paths.control_socket))) as client:
+        with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(server.paths.control_socket)), timeout=60) as client:
             return {f"{e['id']} {e['state']}" for e in client.get("http://control/fleet").json()["engines"]}
     except httpx2.TransportError:
         assert server.process.poll() is None, server.log()
@@ -80,14 +88,14 @@ def _states(server: Server) -> set[str]:
 
 @pytest.fixture(scope="module")
 def sdk(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.base_url}/v1", api_key=KEY, max_retries=0, timeout=20) as client:
+    with OpenAI(base_url=f"{server.base_url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def http(server: Server) -> Iterator[httpx2.Client]:
     headers = {"authorization": f"Bearer {KEY}"}
-    with httpx2.Client(base_url=server.base_url, headers=headers, timeout=20) as client:
+    with httpx2.Client(base_url=server.base_url, headers=headers, timeout=60) as client:
         yield client
 
 
@@ -185,7 +193,8 @@ def test_a_model_of_somebody_else_is_asked_by_its_own_name_with_its_own_key(sdk:
 
 
 def test_replicas_share_the_requests(http: httpx2.Client):
-    answers = [http.post("/v1/completions", json={"model": "twice", "prompt": "x"}) for _ in range(8)]
+    # Of two that are equally good one is taken by chance.
+    answers = [http.post("/v1/completions", json={"model": "twice", "prompt": "x"}) for _ in range(40)]
     assert {a.headers["x-polyvox-endpoint"] for a in answers} == {"twice/0", "twice/1"}
 
 
@@ -243,12 +252,12 @@ def test_a_wrong_key_is_an_authentication_error(server: Server):
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/fast", "/tokenize", "/nope"])
 def test_nothing_but_health_is_shown_without_a_key(server: Server, path):
-    assert httpx2.get(server.base_url + path).status_code == 401
+    assert httpx2.get(server.base_url + path, timeout=60).status_code == 401
 
 
 def test_health_and_ready_need_no_key(server: Server):
-    assert httpx2.get(server.base_url + "/health").json() == {"status": "ok"}
-    assert httpx2.get(server.base_url + "/ready").json()["status"] == "ready"
+    assert httpx2.get(server.base_url + "/health", timeout=60).json() == {"status": "ok"}
+    assert httpx2.get(server.base_url + "/ready", timeout=60).json()["status"] == "ready"
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/v1/chat/completions"), ("POST", "/v1/models")])
@@ -336,10 +345,10 @@ def test_a_client_that_goes_away_ends_the_generation(server: Server, stream):
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
     with socket.create_connection(("127.0.0.1", int(server.base_url.rsplit(":", 1)[1]))) as client:
         client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        eventually(lambda: server.gauge("slow", "vllm:num_requests_running") == 1, 30)
+        eventually(lambda: server.gauge("slow", "vllm:num_requests_running") == 1)
         if stream:
             assert b"data: " in client.recv(65536) + client.recv(65536)
-    eventually(lambda: server.gauge("slow", "vllm:num_requests_running") == 0, 2)
+    eventually(lambda: server.gauge("slow", "vllm:num_requests_running") == 0)
 
 
 def test_a_hundred_clients_are_served_at_once(http: httpx2.Client, server: Server):
@@ -350,7 +359,7 @@ def test_a_hundred_clients_are_served_at_once(http: httpx2.Client, server: Serve
             server.base_url + "/v1/chat/completions",
             json={"model": "gpt-4o", "messages": ASK, "stream": True},
             headers={"authorization": f"Bearer {KEY}"},
-            timeout=30,
+            timeout=60,
         )
         statuses.append((answer.status_code, answer.text.strip().endswith("[DONE]")))
 
@@ -380,8 +389,8 @@ def test_a_worker_that_dies_is_replaced_and_engines_do_not_notice(server: Server
     before = workers()
     assert len(before) == 2
     psutil.Process(min(before)).kill()
-    eventually(lambda: len(workers()) == 2 and workers() != before, 30)
-    eventually(lambda: answers(http, "/v1/models"), 30)
+    eventually(lambda: len(workers()) == 2 and workers() != before)
+    eventually(lambda: answers(http, "/v1/models"))
     assert {e.id: e.pid for e in server.fleet().values()} == engines
 
 
@@ -407,7 +416,7 @@ def _what_a_server_says_to_the_confused(server: Server, http: httpx2.Client) -> 
         http.post("/v1/completions", json={"model": "fast", "prompt": "x", "chat_template": "x"}),
         http.post("/v1/completions", content=b"{" * 100),
         http.get("/metrics"),
-        httpx2.get(server.base_url + "/v1/models", headers={"x-api-key": "wrong"}),
+        httpx2.get(server.base_url + "/v1/models", headers={"x-api-key": "wrong"}, timeout=60),
     ]
     with server.engine_client("fast") as engine:
         engine.post("/simulator/faults", json={"error": 500}).raise_for_status()
@@ -420,17 +429,20 @@ def _what_a_server_says_to_the_confused(server: Server, http: httpx2.Client) -> 
 
 
 def test_a_request_waits_for_an_engine_that_is_starting(tmp_path: Path):
-    configuration = {"models": {"late": simulator(startup=1.5)}, "server": {"start_wait": 30}}
-    running = start(configuration, tmp_path)
+    late = simulator(startup=1.5)
+    late["engine"]["autostart"] = False
+    running = start({"models": {"late": late}}, tmp_path)
     try:
-        with httpx2.Client(base_url=running.base_url, timeout=30) as client:
-            eventually(lambda: answers(client, "/health"), 30, running.log)
+        with httpx2.Client(base_url=running.base_url, timeout=60) as client:
+            eventually(lambda: answers(client, "/health"), message=running.log)
             assert client.get("/ready").status_code == 503
+            load(running, "late")
+            eventually(lambda: client.get("/ready").json()["models"]["late"]["state"] != "stopped")
             assert client.post("/v1/completions", json={"model": "late", "prompt": "x"}).status_code == 200
             assert client.get("/ready").status_code == 200
     finally:
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(30) == 0, running.log()
+        assert running.process.wait(60) == 0, running.log()
 
 
 def test_why_an_engine_failed_is_told_to_its_owner_and_not_to_clients(tmp_path: Path):
@@ -439,51 +451,51 @@ def test_why_an_engine_failed_is_told_to_its_owner_and_not_to_clients(tmp_path: 
     }
     running = start(configuration, tmp_path)
     try:
-        eventually(lambda: "lost/0 failed" in _states(running), 60, running.log)
-        with httpx2.Client(base_url=running.base_url, timeout=30) as client:
-            eventually(lambda: client.get("/ready").json()["models"]["lost"]["state"] == "failed", 30)
+        eventually(lambda: "lost/0 failed" in _states(running), message=running.log)
+        with httpx2.Client(base_url=running.base_url, timeout=60) as client:
+            eventually(lambda: client.get("/ready").json()["models"]["lost"]["state"] == "failed")
             shown = client.get("/ready").text + client.post("/v1/completions", json={"model": "lost"}).text
         assert "there is no folder /no/such/folder" in running.fleet()["lost"].detail
         assert "/no/such" not in shown
         assert "model_not_available" in shown
     finally:
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(30) == 0, running.log()
+        assert running.process.wait(60) == 0, running.log()
 
 
 def test_a_request_that_waits_too_long_is_told_to_come_back(tmp_path: Path):
     configuration = {"models": {"late": simulator(startup=3600)}, "server": {"start_wait": 0.1}}
     running = start(configuration, tmp_path)
     try:
-        with httpx2.Client(base_url=running.base_url, timeout=30) as client:
-            eventually(lambda: answers(client, "/health"), 30, running.log)
+        with httpx2.Client(base_url=running.base_url, timeout=60) as client:
+            eventually(lambda: answers(client, "/health"), message=running.log)
             answer = client.post("/v1/completions", json={"model": "late", "prompt": "x"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
         assert int(answer.headers["retry-after"]) > 0
     finally:
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(30) == 0, running.log()
+        assert running.process.wait(60) == 0, running.log()
 
 
 def test_requests_in_flight_finish_when_the_server_is_told_to_stop(tmp_path: Path):
-    configuration = {"models": {"slow": simulator(time_per_token=0.05, tokens=40)}}
-    with serve(configuration, tmp_path) as running:
+    configuration = {"models": {"slow": simulator(time_per_token=0.05, tokens=80)}}
+    with serve(configuration, tmp_path) as running, httpx2.Client(base_url=running.base_url, timeout=60) as client:
         answers: list[httpx2.Response] = []
 
         def ask() -> None:
             body = {"model": "slow", "messages": ASK, "stream": True}
-            answers.append(httpx2.post(running.base_url + "/v1/chat/completions", json=body, timeout=30))
+            answers.append(client.post("/v1/chat/completions", json=body))
 
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
-        eventually(lambda: running.gauge("slow", "vllm:num_requests_running") == 4, 30)
+        eventually(lambda: running.gauge("slow", "vllm:num_requests_running") == 4)
         footprint = running.footprint()
         running.process.send_signal(signal.SIGTERM)
-        eventually(lambda: not _connects(running), 5)
+        eventually(lambda: not _connects(running))
         for thread in threads:
             thread.join()
-        assert running.process.wait(30) == 0
+        assert running.process.wait(60) == 0
         assert footprint.alive() == []
     assert [(a.status_code, a.text.strip().endswith("[DONE]")) for a in answers] == [(200, True)] * 4
 
@@ -508,11 +520,11 @@ def test_a_second_signal_ends_everything_at_once(tmp_path: Path):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    eventually(lambda: running.gauge("slow", "vllm:num_requests_running") == 1, 30)
+    eventually(lambda: running.gauge("slow", "vllm:num_requests_running") == 1)
     running.process.send_signal(signal.SIGINT)
-    eventually(lambda: "stopping" in running.log(), 5)
+    eventually(lambda: "stopping" in running.log())
     running.process.send_signal(signal.SIGINT)
-    assert running.process.wait(30) == 0
+    assert running.process.wait(60) == 0
     thread.join()
     assert len(ends) == 1
     assert ends[0] != 200
@@ -525,4 +537,4 @@ def test_the_death_of_the_parent_leaves_no_process(tmp_path: Path):
     footprint = running.footprint()
     running.process.kill()
     running.process.wait()
-    eventually(lambda: footprint.alive() == [], 30)
+    eventually(lambda: footprint.alive() == [])

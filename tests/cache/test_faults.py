@@ -17,6 +17,7 @@ from tests.fakes.scripted_upstream import _read_request, chunked, ok
 
 CLIENTS, QUESTIONS, SECONDS = 48, 8, 2.0
 KEYS = ("secret-one", "secret-two")
+RESULTS = {"hit", "miss", "joined"}
 HEAD = b"\r\n".join((b"HTTP/1.1 200 OK", EVENTS, b"transfer-encoding: chunked", b"", b""))
 
 
@@ -62,28 +63,31 @@ class Model:
 
 
 class Client:
-    """Asks one question after the other with one key, and remembers what it was told."""
+    """Asks one question after the other with one key, and remembers what it was told.
 
-    def __init__(self, number, proxies, until):
+    until: when it has asked for long enough, once it was told something, and all RESULTS have been seen.
+    """
+
+    def __init__(self, number, proxies, until, seen):
         self.key = KEYS[number % 2]
         self.chance = random.Random(number)
         self.proxies = proxies
         self.until = until
+        self.seen = seen
         self.told = set()
-        self.results = []
 
     async def run(self):
         loop = asyncio.get_running_loop()
-        while loop.time() < self.until:
+        while loop.time() < self.until or not (self.told and self.seen >= RESULTS):
             await self.ask(self.chance.choice(self.proxies), f"q{self.chance.randrange(QUESTIONS)}")
 
     async def ask(self, proxy, question):
         stream = self.chance.random() < 0.5
         body = {"model": "m", "messages": [{"role": "user", "content": question}], "temperature": 0, "stream": stream}
         headers = {"authorization": f"Bearer {self.key}"}
-        answer = await proxy.client.post("/v1/chat/completions", json=body, headers=headers, timeout=30)
+        answer = await proxy.client.post("/v1/chat/completions", json=body, headers=headers, timeout=60)
         result = answer.headers.get("x-polyvox-cache", "error")
-        self.results.append(result)
+        self.seen.add(result)
         if answer.status_code != 200 or '"error":' in answer.text:
             assert result != "hit", "an error was kept"
             return
@@ -122,9 +126,12 @@ async def play(server, *, faults):
         for proxy in (one, other):
             await proxy.client.aclose()
             limits = httpx2.Limits(max_connections=CLIENTS)
-            proxy.client = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", limits=limits, trust_env=False)
-        clients = [Client(number, (one, other), until) for number in range(CLIENTS)]
-        async with asyncio.TaskGroup() as group:
+            proxy.client = httpx2.AsyncClient(
+                base_url=f"http://127.0.0.1:{proxy.port}", limits=limits, trust_env=False, timeout=60
+            )
+        seen = set()
+        clients = [Client(number, (one, other), until, seen) for number in range(CLIENTS)]
+        async with asyncio.timeout(120), asyncio.TaskGroup() as group:
             for client in clients:
                 group.create_task(client.run())
             if faults:
@@ -134,18 +141,15 @@ async def play(server, *, faults):
 
 def check(model, clients):
     told = [set().union(*(client.told for client in clients if client.key == key)) for key in KEYS]
-    assert told[0] and told[1]
     assert not told[0] & told[1], "an answer went from one key to another"
-    return {result for client in clients for result in client.results}
 
 
 def test_with_a_redis_that_is_well_each_question_is_asked_once_at_a_time(server, monkeypatch):
     monkeypatch.setitem(Shield.__init__.__kwdefaults__, "patience", 20.0)  # a machine with much to do is no fault
     model, clients = asyncio.run(play(server, faults=False))
-    assert check(model, clients) >= {"hit", "miss", "joined"}
+    check(model, clients)
     assert model.most <= len(KEYS), "two generations of one request at once"
 
 
 def test_with_a_redis_that_fails_nobody_gets_what_is_not_his(server):
-    results = check(*asyncio.run(play(server, faults=True)))
-    assert results >= {"miss", "joined"}  # how often Redis answers within 50 ms is this machine's affair
+    check(*asyncio.run(play(server, faults=True)))

@@ -66,7 +66,7 @@ def test_an_entry_moved_to_another_key_is_a_miss(server):
 def test_redis_drops_an_entry_after_its_ttl(server):
     async def scenario(store, _):
         await store.put(key(), entry(ttl=60))
-        assert 59_000 < server.client.pttl(entry_key()) <= 60_000
+        assert 30_000 < server.client.pttl(entry_key()) <= 60_000
         claim = await store.claim(key("other"))
         await store.put(key("other"), entry(ttl=0.001), claim)
         while server.client.exists(entry_key("other")):
@@ -123,7 +123,7 @@ def test_a_claim_of_the_dead_ends_with_its_lease(server):
             await asyncio.sleep(0.005)
         assert isinstance(found, Claim)
 
-    run(server, scenario, lease=0.05)
+    run(server, scenario, lease=1.0)
 
 
 def test_the_put_of_a_late_holder_is_refused(server):
@@ -157,13 +157,13 @@ def test_a_renewed_claim_lasts(server):
     async def scenario(store, _):
         claims = [await store.claim(key(name)) for name in ("a", "b")]
         for name in ("a", "b"):
-            server.client.pexpire(f"{PREFIX}claim:{key(name).hex()}", 50)
+            server.client.pexpire(f"{PREFIX}claim:{key(name).hex()}", 3_000)
         await store.renew(claims)
         for name in ("a", "b"):
             assert server.client.pttl(f"{PREFIX}claim:{key(name).hex()}") > 4_000
-        server.client.set(f"{PREFIX}claim:{key('a').hex()}", 999, px=50)  # of a newer holder
+        server.client.set(f"{PREFIX}claim:{key('a').hex()}", 999, px=3_000)  # of a newer holder
         await store.renew(claims)
-        assert server.client.pttl(f"{PREFIX}claim:{key('a').hex()}") <= 50
+        assert server.client.pttl(f"{PREFIX}claim:{key('a').hex()}") <= 3_000
 
     run(server, scenario)
 

@@ -37,7 +37,7 @@ async def controlled(
 
 
 async def _answering(client: ControlClient) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             try:
                 await client.fleet()
@@ -130,7 +130,7 @@ def test_a_malformed_command_is_a_400_that_names_the_field(tmp_path: Path, body:
     async def story() -> None:
         async with controlled(tmp_path) as (fleet, _):
             transport = httpx2.AsyncHTTPTransport(uds=str(fleet.script.paths.control_socket))
-            async with httpx2.AsyncClient(transport=transport, base_url="http://control") as http:
+            async with httpx2.AsyncClient(transport=transport, base_url="http://control", timeout=60) as http:
                 answer = await http.post("/engines/load", content=body)
             assert answer.status_code == 400
             assert answer.json()["error"]["code"] == "bad_request"

@@ -187,7 +187,7 @@ def test_cancelling_ends_the_installer(wheels: Path, paths: StatePaths, monkeypa
         server = await asyncio.start_server(silent, "127.0.0.1", 0)
         monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/simple")
         task = asyncio.create_task(ensure(made_of, paths, lambda *_: None))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await asked.wait()
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

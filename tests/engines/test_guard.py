@@ -50,7 +50,7 @@ class Guarded:
         return self
 
     def status(self) -> int:
-        return self.process.wait(10)
+        return self.process.wait(60)
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -134,7 +134,7 @@ def test_the_end_of_the_lifeline_ends_the_engine(start: Start) -> None:
 
 
 def test_an_engine_whose_supervisor_is_another_process_by_now_is_ended(start: Start) -> None:
-    assert start("--ignore-sigterm", parent=1, orphan_grace=0.1).status() == 128 + signal.SIGKILL
+    assert start(parent=1, orphan_grace=3600).status() == 128 + signal.SIGTERM
 
 
 def test_stopped_processes_are_ended_too(start: Start) -> None:

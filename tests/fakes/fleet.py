@@ -26,12 +26,12 @@ NEVER = 3600.0
 TREE = 6  # the processes of a scripted engine: guard, server, two children, two grandchildren
 
 
-def run(story: Coroutine[Any, Any, T], seconds: float = 30.0) -> T:
+def run(story: Coroutine[Any, Any, T], seconds: float = 120.0) -> T:
     """Run a test's story on an event loop, with a limit."""
     return asyncio.run(asyncio.wait_for(story, seconds))
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until a condition holds; fail when it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():

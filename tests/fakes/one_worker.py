@@ -102,7 +102,7 @@ async def proxying(config: Config) -> AsyncIterator[Proxy]:
     while not server.started:
         await asyncio.sleep(0.001)
     proxy.port = server.servers[0].sockets[0].getsockname()[1]
-    proxy.client = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", timeout=20, trust_env=False)
+    proxy.client = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", timeout=60, trust_env=False)
     looking = asyncio.create_task(proxy.cached.run()) if proxy.cached else None
     try:
         yield proxy

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class Step(Enum):

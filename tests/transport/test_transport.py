@@ -439,8 +439,8 @@ def test_an_answer_may_take_longer_than_its_first_byte(wire: Wire) -> None:
     async def story() -> None:
         async with wire.to([EVENTS + b"3\r\nabc\r\n", Step.STALL, b"0\r\n\r\n"]) as (upstream, to):
             late = asyncio.Event()
-            asyncio.get_running_loop().call_later(0.06, late.set)
-            answer = await get(to, Timeouts(connect=None, first_byte=0.03, between_bytes=None))
+            asyncio.get_running_loop().call_later(0.4, late.set)
+            answer = await get(to, Timeouts(connect=None, first_byte=0.3, between_bytes=None))
             reading = asyncio.create_task(answer.read(BODY_LIMIT))
             await late.wait()
             upstream.release()
