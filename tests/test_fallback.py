@@ -65,7 +65,8 @@ def two_models(first: Play | str, second: Play, story: Story, **settings: Any) -
         async with AsyncExitStack() as stack:
             b = await stack.enter_async_context(upstream(second))
             a = b if isinstance(first, str) else await stack.enter_async_context(upstream(first))
-            address, falls_silent = (first, False) if isinstance(first, str) else (a.address, Step.STALL in first)
+            address = first if isinstance(first, str) else a.address
+            falls_silent = not isinstance(first, str) and bool({Step.STALL, Step.PING} & {*first})
             m = model(address, **{"timeouts": SOON if falls_silent else PATIENT, **settings})
             config = Config(models={"m": m, "n": model(b.address)}, fallbacks={"m": ("n",)})
             proxy = await stack.enter_async_context(proxying(config))
