@@ -373,7 +373,8 @@ async def _passed(reply: Reply, flight: Flight) -> bytes | None:
         try:
             async for data in reply.body:
                 flight.put(reply.read(data))
-                await flight.room()
+                if flight.is_full:
+                    await flight.room()
             passing, more = reply.end(), False
         except UpstreamError as error:
             passing, more = await reply.mend(error)

@@ -83,17 +83,18 @@ class Flight(msgspec.Struct, eq=False):
     async def begun(self) -> None:
         """Wait until the reply is there, or will never be."""
         while self.reply is None and not self.over:
-            await self._more()
+            await self.more()
 
     async def ended(self) -> None:
         """Wait until it is over."""
         while not self.over:
-            await self._more()
+            await self.more()
 
-    async def _more(self) -> None:
+    def more(self) -> "asyncio.Future[None]":
+        """Return what is done when something has changed."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
-        await waiter
+        return waiter
 
     # The answer
 
@@ -111,9 +112,14 @@ class Flight(msgspec.Struct, eq=False):
                 self._trim()
             self._tell()
 
+    @property
+    def is_full(self) -> bool:
+        """Say whether nobody has taken what is there; members that do not read as it comes take all at once."""
+        return self._size > _AHEAD and self._size - self._furthest() > _AHEAD
+
     async def room(self) -> None:
-        """Wait until somebody has taken what is there; members that do not read as it comes take all at once."""
-        while self._size - self._furthest() > _AHEAD:
+        """Wait until somebody has taken what is there."""
+        while self.is_full:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
@@ -150,20 +156,19 @@ class Flight(msgspec.Struct, eq=False):
         if room is not None and not room.done():
             room.set_result(None)
 
-    async def after(self, reader: "Reader") -> bytes | None:
-        """Return what a reader has not read yet, None if that is all. Raises UpstreamError if there will not be all."""
-        while reader.at - self._gone == len(self._pieces) and not self.over and not reader.is_lost:
-            await self._more()
+    def news(self, reader: "Reader") -> bytes:
+        """Return what a reader has not read yet, b"" for nothing. Raises UpstreamError where there will not be all."""
         if reader.is_lost:
             raise TruncatedAnswer("it was read too slowly")
         new = self._pieces[reader.at - self._gone :]
         if new:
-            self._make_room()
+            if self._room is not None:
+                self._make_room()
             reader.at += len(new)
             return new[0] if len(new) == 1 else b"".join(new)
         if self.error is not None:
             raise self.error if isinstance(self.error, UpstreamError) else TruncatedAnswer() from self.error
-        return None
+        return b""
 
 
 class Reader:
@@ -185,8 +190,10 @@ class Reader:
         return self
 
     async def __anext__(self) -> bytes:
-        data = await self._flight.after(self)
-        if data is None:
-            raise StopAsyncIteration
+        flight = self._flight
+        while not (data := flight.news(self)):
+            if flight.over:
+                raise StopAsyncIteration
+            await flight.more()
         self.taken += len(data)
         return data
