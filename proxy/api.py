@@ -17,7 +17,7 @@ from proxy.admin import PATH as ADMIN_MODELS
 from proxy.admin import Admin
 from proxy.auth import Caller, Keys
 from proxy.cache import bulletin
-from proxy.cache.replies import GONE, WhenGone
+from proxy.cache.replies import CLIENT, Client
 from proxy.chat import Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.deadline import Deadline
@@ -187,8 +187,8 @@ class Api:
         visit.exchange.received()
         path, query, headers = scope["path"].rstrip("/"), scope["query_string"], cast(Headers, scope["headers"])
         salt, models = visit.caller.salt, visit.caller.models
-        gone = cast(WhenGone | None, (scope.get("extensions") or {}).get(GONE))
-        return Incoming(scope["method"], path, query, headers, body, visit.request_id, salt, deadline, models, gone)
+        client = cast(Client | None, (scope.get("extensions") or {}).get(CLIENT))
+        return Incoming(scope["method"], path, query, headers, body, visit.request_id, salt, deadline, models, client)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
         answering = self._chat.answer(request, exchange)

@@ -7,7 +7,7 @@ import msgspec
 
 from proxy import accounting, limits, wire
 from proxy.cache import wish
-from proxy.cache.replies import WhenGone
+from proxy.cache.replies import Client
 from proxy.cached import Cached
 from proxy.deadline import Deadline
 from proxy.ensemble import FanOut
@@ -45,7 +45,7 @@ class Incoming(msgspec.Struct, frozen=True):
     salt: str | None = None
     deadline: Deadline | None = None
     models: frozenset[str] | None = None
-    when_gone: WhenGone | None = None
+    client: Client | None = None
 
 
 class Chat:
@@ -99,7 +99,7 @@ class Chat:
             return Walk(self._ways, asked, model, chain, exchange, deadline, chosen=placed.chosen, whole=whole)
 
         said = wish.read(request.headers, field)
-        return self.cached.answer(asked, model, chain, exchange, walk, said, request.deadline, request.when_gone)
+        return self.cached.answer(asked, model, chain, exchange, walk, said, request.deadline, request.client)
 
     async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
         """Answer a request with several models."""
