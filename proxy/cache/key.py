@@ -55,7 +55,7 @@ _SPECIAL = _LEFT_OUT | _STATEFUL | _SCHEMAS
 _TURNS = {CHAT: "messages", "/v1/messages": "messages", "/v1/responses": "input"}
 _SAID = {**_TURNS, COMPLETIONS: "prompt", "/tokenize": "prompt", "/v1/embeddings": "input"}
 _URLS = ("image_url", "audio_url", "video_url", "file_url", "url")
-_HEADERS = frozenset((b"anthropic-beta", b"anthropic-version"))
+HEADERS = frozenset((b"anthropic-beta", b"anthropic-version"))
 _SPOKEN = frozenset((b"[", b'"'))  # what a list and a text begin with
 _FRAMES = 256  # that are remembered
 _FRAME_BYTES = 16 * 1024  # that one of them may have
@@ -107,7 +107,7 @@ def key(asked: Asked, model: str, revision: str, key_id: str, *, fixed: bool = F
             return _of_all(asked, _caller(asked, model, revision, key_id), fixed)
         around = body[:at], body[at + len(said) :], path, fixed, model, revision, key_id, asked.salt
         frame = _frames.get(around)
-        if frame is None or asked.query or not _HEADERS.isdisjoint(dict(asked.headers)):
+        if frame is None or asked.query or not (asked.ordinary or HEADERS.isdisjoint(dict(asked.headers))):
             return _of_new(asked, _caller(asked, model, revision, key_id), fixed, said, around)
         return _hashed(frame, _respelled(path, said) if frame[1] else None)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -115,7 +115,7 @@ def key(asked: Asked, model: str, revision: str, key_id: str, *, fixed: bool = F
 
 
 def _caller(asked: Asked, model: str, revision: str, key_id: str) -> _Caller:
-    headers = tuple([header for header in asked.headers if header[0] in _HEADERS])
+    headers = tuple([header for header in asked.headers if header[0] in HEADERS])
     streams = asked.envelope.stream and asked.path not in REPLAYED
     return key_id, asked.salt if key_id else None, model, revision, asked.path, asked.query, headers, streams
 
