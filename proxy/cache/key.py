@@ -1,6 +1,6 @@
 """What an answer is kept under: a hash of all that decides it. Pure.
 
-A key is the scope, then a SHA-256 of the model and its revision, the path with its query, the headers that change how a
+A key is the scope, then a BLAKE2b of the model and its revision, the path with its query, the headers that change how a
 provider reads a request, and the body in a canonical form:
 
 * Objects are sorted by their keys, but for `properties` of a JSON schema, whose order is that in which a constrained
@@ -20,13 +20,13 @@ field: it is read with a secret in its place.
 """
 
 import contextlib
-import hashlib
 import secrets
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
-from proxy.cache import SCOPE_BYTES
+from proxy.cache import KEY_BYTES, SCOPE_BYTES
 from proxy.continuation import CHAT, COMPLETIONS
 from proxy.providers import Asked
 from proxy.telemetry import OPERATIONS
@@ -59,6 +59,7 @@ HEADERS = frozenset((b"anthropic-beta", b"anthropic-version"))
 _SPOKEN = frozenset((b"[", b'"'))  # what a list and a text begin with
 _FRAMES = 256  # that are remembered
 _FRAME_BYTES = 16 * 1024  # that one of them may have
+_DIGEST_BYTES = KEY_BYTES - SCOPE_BYTES
 _NEEDLE = 16  # bytes to look for; looking for long ones takes ten times as long
 _HOLE = secrets.token_hex(16)
 _FILLED = b'"%b"' % _HOLE.encode()
@@ -66,7 +67,6 @@ _FILLED = b'"%b"' % _HOLE.encode()
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.Encoder(order="sorted").encode
 _encode_turns = msgspec.json.Encoder().encode
-_sha256 = hashlib.sha256
 
 
 class _Turn(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -149,7 +149,11 @@ def _of_new(asked: Asked, caller: _Caller, fixed: bool, said: bytes, around: tup
 
 def _hashed(frame: _Frame, spelled: bytes | None) -> bytes | None:
     scope, digest = frame
-    return scope + _sha256(digest + spelled).digest()[SCOPE_BYTES:] if digest and spelled is not None else None
+    return (
+        scope + blake2b(digest + spelled, digest_size=_DIGEST_BYTES).digest()
+        if digest and spelled is not None
+        else None
+    )
 
 
 def _respelled(path: str, said: bytes) -> bytes | None:
@@ -172,7 +176,7 @@ def _digested(fields: dict[str, Any], path: str, caller: _Caller, fixed: bool) -
         return _NOT_KEPT
     key_id = caller[0]
     scope = bytes.fromhex(key_id) if key_id else bytes(SCOPE_BYTES)
-    return scope, _sha256(msgspec.msgpack.encode(caller) + canonical).digest()
+    return scope, blake2b(msgspec.msgpack.encode(caller) + canonical).digest()
 
 
 def _is_fixed(path: str, fields: dict[str, Any]) -> bool:
