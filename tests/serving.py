@@ -172,7 +172,7 @@ def wait_until_ready(server: Server) -> None:
             return bool(fleet) and all(e.state == "ready" for e in fleet)
         return False
 
-    eventually(ready, START_DEADLINE, lambda: f"not all engines are ready:\n{server.log()}", pause=0.5)
+    eventually(ready, START_DEADLINE, lambda: f"not all engines are ready:\n{server.log()}", pause=0.1)
 
 
 def stop(server: Server) -> None:
