@@ -26,25 +26,26 @@ class Preparation:
     def __init__(self) -> None:
         # All mutable state: the folder of the checkpoints, and the process that fills it.
         self._folder = tempfile.TemporaryDirectory(prefix="polyvox-checkpoints-")
+        self._log = Path(self._folder.name, "preparation.log")
         command = [sys.executable, "-m", "tests.real.preparing", self._folder.name]
-        self._process = subprocess.Popen(
-            command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, cwd=Path(__file__).parents[2], stdout=log, stderr=log, start_new_session=True
+            )
 
     def __repr__(self) -> str:
         return f"<Preparation {self._process.pid}>"
 
     def checkpoints(self) -> Checkpoints:
         """Wait until all is there; fail with the last words of what failed."""
-        _, errors = self._process.communicate()
-        assert self._process.returncode == 0, errors[-4000:]
+        assert self._process.wait() == 0, self._log.read_text()[-4000:]
         return checkpoints_in(Path(self._folder.name))
 
     def end(self) -> None:
         """End it and all that it has started, if it is still at it, and remove the checkpoints."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
+        self._process.wait()
         self._folder.cleanup()
 
 
