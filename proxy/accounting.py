@@ -112,13 +112,15 @@ _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 class Tally:
     """What has been read of one answer."""
 
-    __slots__ = ("_cached", "_in", "_out", "failed", "finish_reason")
+    __slots__ = ("_cached", "_in", "_out", "failed", "finish_reason", "usage")
 
     def __init__(self) -> None:
-        # All mutable state: the tokens (None until told), why it ended, whether it told of an error.
+        # All mutable state: the tokens (None until told), one by one and together, why it ended, whether it told of an
+        # error.
         self._in: int | None = None
         self._out: int | None = None
         self._cached: int | None = None
+        self.usage: Usage | None = None
         self.finish_reason: str | None = None
         self.failed = False
 
@@ -131,15 +133,9 @@ class Tally:
         tally = cls()
         if usage is not None:
             tally._in, tally._out, tally._cached = usage.tokens_in, usage.tokens_out, usage.cached
+            tally.usage = usage
         tally.finish_reason = finish_reason
         return tally
-
-    @property
-    def usage(self) -> Usage | None:
-        """The tokens, None if the answer has not told them."""
-        if self._in is None and self._out is None:
-            return None
-        return Usage(self._in or 0, self._out or 0, self._cached or 0)
 
     def add(self, part: _Part) -> None:
         """Take in an event or a document; later figures stand for earlier ones."""
@@ -161,6 +157,8 @@ class Tally:
         self._in = self._in if given is None else given + apart
         self._out = self._out if made is None else made
         self._cached = self._cached if found is None else found
+        if self._in is not None or self._out is not None:
+            self.usage = Usage(self._in or 0, self._out or 0, self._cached or 0)
 
 
 class Account(Protocol):

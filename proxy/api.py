@@ -3,7 +3,7 @@
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from time import monotonic
 from typing import Any, cast
 from urllib.parse import parse_qsl, unquote
@@ -17,8 +17,8 @@ from proxy.admin import PATH as ADMIN_MODELS
 from proxy.admin import Admin
 from proxy.auth import Caller, Keys
 from proxy.cache import bulletin
-from proxy.cache.replies import GONE, WhenGone
-from proxy.chat import Chat, Headers, Incoming
+from proxy.cache.replies import CLIENT, Client
+from proxy.chat import TELLING, Chat, Headers, Incoming
 from proxy.config import Server
 from proxy.deadline import Deadline
 from proxy.errors import (
@@ -50,11 +50,12 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Visit(msgspec.Struct, frozen=True):
-    """What belongs to one request whatever it asks for."""
+    """What belongs to one request whatever it asks for. headers: by their names, which are lower-case."""
 
     request_id: bytes
     caller: Caller
     exchange: Exchange
+    headers: Mapping[bytes, bytes]
 
 
 class Api:
@@ -145,15 +146,16 @@ class Api:
         keys: Keys | None = None,
     ) -> None:
         """Check method and key, then handle; turn whatever goes wrong into one envelope."""
-        request_id = _request_id(scope["headers"])
+        given = _by_name(scope["headers"])
+        request_id = _request_id(given)
         operation = OPERATIONS.get(scope["path"].rstrip("/"), OTHER)
         exchange = Exchange(self._sink, operation, monotonic, self._prices, request_id)
         try:
-            caller = (keys or self._keys).check(scope["headers"])
+            caller = (keys or self._keys).check(given)
             exchange.key_id = caller.id
             if scope["method"] != method:
                 raise MethodNotAllowed(scope["method"], scope["raw_path"].decode("latin-1"), method)
-            await handle(scope, receive, send, Visit(request_id, caller, exchange))
+            await handle(scope, receive, send, Visit(request_id, caller, exchange, given))
         except RequestError as e:
             exchange.fail(e, e.status)
             await send_error(send, e, request_id, scope["path"], exchange.attempts)
@@ -180,15 +182,16 @@ class Api:
 
     async def _read(self, scope: HTTPScope, receive: Receive, visit: Visit) -> Incoming | None:
         """Return the whole request, None if the client has gone."""
-        deadline = Deadline.of(scope["headers"])
-        body = await _read_body(scope, receive, self._server.max_body_bytes)
+        deadline = Deadline.of(visit.headers)
+        body = await _read_body(visit.headers, receive, self._server.max_body_bytes)
         if body is None:
             return None
         visit.exchange.received()
         path, query, headers = scope["path"].rstrip("/"), scope["query_string"], cast(Headers, scope["headers"])
         salt, models = visit.caller.salt, visit.caller.models
-        gone = cast(WhenGone | None, (scope.get("extensions") or {}).get(GONE))
-        return Incoming(scope["method"], path, query, headers, body, visit.request_id, salt, deadline, models, gone)
+        client = cast(Client | None, (scope.get("extensions") or {}).get(CLIENT))
+        ordinary = TELLING.isdisjoint(visit.headers)
+        return Incoming(path, query, headers, body, visit.request_id, salt, deadline, models, client, ordinary)
 
     async def _relay(self, request: Incoming, send: Send, exchange: Exchange) -> None:
         answering = self._chat.answer(request, exchange)
@@ -277,13 +280,13 @@ class Api:
         return target.name
 
     async def _show_metrics(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
-        accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
+        accept = visit.headers.get(b"accept", b"")
         content_type, page = self._metrics.page(accept.decode("latin-1"))
         await _send_bytes(send, 200, page, [(b"x-request-id", visit.request_id)], content_type)
         visit.exchange.complete()
 
     async def _administrate(self, scope: HTTPScope, receive: Receive, send: Send, visit: Visit) -> None:
-        body = await _read_body(scope, receive, self._server.max_body_bytes)
+        body = await _read_body(visit.headers, receive, self._server.max_body_bytes)
         if body is None:
             return
         assert self._admin
@@ -340,18 +343,26 @@ def _condition(model: Model) -> dict[str, str]:
     return {"state": model.state, "detail": model.detail if model.state == "starting" else ""}
 
 
-def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    for name, value in headers:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return value
+def _by_name(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[bytes, bytes]:
+    """Return headers by their names; of one that comes several times, the values in one line (RFC 9110, 5.3)."""
+    pairs = list(headers)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        return {name: b", ".join(value for other, value in pairs if other == name) for name in found}
+    return found
+
+
+def _request_id(headers: Mapping[bytes, bytes]) -> bytes:
+    given = headers.get(b"x-request-id")
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given
     return b"%032x" % random.getrandbits(128)  # not secret: it only tells requests apart
 
 
-async def _read_body(scope: HTTPScope, receive: Receive, limit: int) -> bytes | None:
+async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | None:
     """Return the whole body, or None when the client went away. Raises BodyTooLarge, before reading if told."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and int(value) > limit:
-            raise BodyTooLarge(limit)
+    if int(headers.get(b"content-length", b"0")) > limit:
+        raise BodyTooLarge(limit)
     chunks: list[bytes] = []
     size = 0
     while True:

@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -42,7 +42,7 @@ class Keys:
     def __repr__(self) -> str:
         return f"<Keys {len(self._callers)}>"
 
-    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
+    def check(self, headers: Mapping[bytes, bytes]) -> Caller:
         """Return who asks. Raises WrongKey unless the headers of a request carry one of the keys.
 
         Taken from `Authorization: Bearer` (OpenAI's clients) or `x-api-key` (Anthropic's).
@@ -58,13 +58,9 @@ class Keys:
         raise WrongKey
 
 
-def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    for name, value in headers:
-        if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return value[7:].strip()
-        if name == b"x-api-key":
-            return value.strip()
-    return b""
+def _presented(headers: Mapping[bytes, bytes]) -> bytes:
+    said = headers.get(b"authorization", b"")
+    return (said[7:] if said[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")).strip()
 
 
 _ANYBODY = Caller()

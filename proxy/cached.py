@@ -6,14 +6,14 @@ import time
 from binascii import hexlify
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from proxy.cache import Claim, Entry, Store, key, replay, replies
 from proxy.cache.bulletin import ALL, Bulletin, Purge, Report
 from proxy.cache.flight import Flight
-from proxy.cache.replies import FlightKey, Walks, Wanted, WhenGone
+from proxy.cache.replies import Client, FlightKey, Walks, Wanted
 from proxy.cache.settings import CacheRule, CacheSettings, size
 from proxy.cache.wish import Wish
 from proxy.deadline import Deadline
@@ -23,7 +23,6 @@ from proxy.registry import Model
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.telemetry import CACHE_RESULTS, FIRST_TOKEN
-from proxy.transport import content_type
 
 if TYPE_CHECKING:
     from proxy.cache.questions import Questions  # which import numpy
@@ -49,20 +48,22 @@ class Cached:
         self._settings = settings
         self._bulletin = bulletin
         self._limit = size(settings.max_entry_bytes)
+        self._seeks = store.is_shared or questions is not None  # before it has an answer made
         self._rule = cache(settings.rule)  # of names that there are
         self._clock = clock
-        # All mutable state: the generations under way that others may join, of which only those fill the store; how
-        # often each of CACHE_RESULTS was.
+        # All mutable state: the generations under way that several wait for, and those that one waits for as yet; only
+        # what is in these fills the store. How often each of CACHE_RESULTS was.
         self._flights: dict[FlightKey, Flight] = {}
+        self._alone: dict[FlightKey, Wanted] = {}
         self._results = dict.fromkeys(CACHE_RESULTS, 0)
 
     def __repr__(self) -> str:
-        return f"<Cached {self._store!r} {len(self._flights)} flights>"
+        return f"<Cached {self._store!r} {len(self._flights)} flights, {len(self._alone)} alone>"
 
     @property
     def is_idle(self) -> bool:
         """Say whether nothing is being made."""
-        return not self._flights
+        return not self._flights and not self._alone
 
     async def answer(
         self,
@@ -73,7 +74,7 @@ class Cached:
         walk: Walks,
         wish: Wish,
         deadline: Deadline | None = None,
-        when_gone: WhenGone | None = None,
+        client: Client | None = None,
     ) -> Reply:
         """Answer a request for a model. Raises what Walk.answer does. walk: makes the walk of this request.
 
@@ -89,15 +90,16 @@ class Cached:
             return self._labelled(await walk(deadline, False).answer(), exchange)
         shows_cost, exchange.shows_cost = exchange.shows_cost, False  # what all share has no one's cost in it
         flight = (found, *chain) if chain else found
-        wanted = Wanted(asked, model, walk, exchange, deadline, when_gone, wish, rule, found, flight, shows_cost)
-        if wish.no_cache:
-            exchange.cache = "bypass"
-            return await self._lead(wanted)
-        exchange.cache = "miss"
+        wanted = Wanted(asked, model, walk, exchange, deadline, client, wish, rule, found, flight, shows_cost)
         if self._bulletin.is_behind() and not self._store.is_shared:
             await self._catch_up()
-        if (open_flight := self._flights.get(flight)) is not None:
-            reply = await self._join(open_flight, wanted) if open_flight.is_open else None  # 2
+        if wish.no_cache:
+            exchange.cache = "bypass"
+            self._flights.pop(flight, None)  # what it makes is newer
+            return await self._lead(wanted)
+        exchange.cache = "miss"
+        if flight in self._flights or flight in self._alone:
+            reply = await self._join(wanted)  # 2
         else:
             reply = self._kept(wanted)  # 3
         return await self._lead(wanted) if reply is None else reply  # 4
@@ -136,6 +138,7 @@ class Cached:
         dropped = 0
         for purge in self._bulletin.missed():
             self._flights.clear()
+            self._alone.clear()
             with contextlib.suppress(StoreUnavailable):  # it tells of that itself
                 dropped += await _now(self._store.purge(purge.model, purge.prefix))
         self._bulletin.apply(dropped)
@@ -172,6 +175,8 @@ class Cached:
             reply = replies.stream(entry, wanted, self._settings.pace if wanted.wish.pace is None else wanted.wish.pace)
         else:
             reply = replies.document(entry, wanted)
+        if wanted.similarity is not None:  # to an answer to another question
+            reply.headers.append((b"x-polyvox-cache-similarity", b"%.4f" % wanted.similarity))
         return self._labelled(reply, exchange, wanted.key, entry)
 
     def _labelled(
@@ -196,8 +201,11 @@ class Cached:
 
     # What is being made
 
-    async def _join(self, flight: Flight, wanted: Wanted) -> Reply | None:
+    async def _join(self, wanted: Wanted) -> Reply | None:
         """Wait for a generation with others. None if it failed: then each goes its own way."""
+        flight = self._flights.get(wanted.flight) or self._opened(self._alone.pop(wanted.flight))
+        if not flight.is_open:
+            return None
         exchange = wanted.exchange
         flight.join(exchange, reads=wanted.asked.envelope.stream)
         exchange.shares(flight, leads=False)
@@ -206,8 +214,8 @@ class Cached:
             await flight.ended()
         exchange.waited()
         if flight.entry is not None:
-            result = "joined" if flight.reply else "hit"
-            return _near(self._replay(flight.entry, wanted, result), flight)
+            wanted.similarity = flight.similarity
+            return self._replay(flight.entry, wanted, "joined" if flight.reply else "hit")
         if flight.over:
             exchange.parts()
             return None
@@ -215,78 +223,118 @@ class Cached:
         exchange.answers(200)
         return self._labelled(replies.live(flight, wanted, leads=False), exchange, wanted.key)
 
+    def _opened(self, wanted: Wanted) -> Flight:
+        """Somebody comes who wants what a request makes for itself alone: from now on both wait for it."""
+        assert wanted.client
+        flight = self._flight(wanted)
+        flight.task = wanted.client.task
+        wanted.client.when_gone(partial(flight.leave, wanted.exchange))
+        return flight
+
+    def _flight(self, wanted: Wanted) -> Flight:
+        flight = wanted.shared = self._flights[wanted.flight] = Flight(wanted.asked.envelope.model, self._limit)
+        flight.join(wanted.exchange, reads=wanted.asked.envelope.stream)
+        return flight
+
     async def _lead(self, wanted: Wanted) -> Reply:
-        """Have an answer made."""
-        exchange, streams = wanted.exchange, wanted.asked.envelope.stream
-        flight = self._flights[wanted.flight] = Flight(wanted.asked.envelope.model, self._limit)
-        flight.join(exchange, reads=streams)
-        when_gone = None if wanted.deadline else wanted.when_gone  # a deadline ends the task as well
-        if streams or when_gone is None:
-            exchange.shares(flight, leads=True)
-            flight.task = asyncio.create_task(self._fly(flight, wanted))
-            await flight.begun()
-        else:  # another task would cost a third of all that the cache does here
-            flight.task = asyncio.current_task()
-            when_gone(partial(flight.leave, exchange))
-            await self._fly(flight, wanted)
-            when_gone(None)
+        """Have an answer made: by the task of the request, where that will do, since another one costs 10 us."""
+        if wanted.asked.envelope.stream or wanted.deadline is not None or wanted.client is None:
+            made = await self._begin(wanted)
+        else:
+            self._alone[wanted.flight] = wanted
+            try:
+                made = await (self._find(wanted) if self._seeks else self._generate(wanted))
+            except BaseException as error:
+                self._fail(wanted, error)
+                raise
+        if isinstance(made, Entry):
+            return self._replay(made, wanted, "hit")
+        return self._labelled(made, wanted.exchange, wanted.key)
+
+    async def _begin(self, wanted: Wanted) -> Reply | Entry:
+        """Have an answer made by a task of its own."""
+        flight = self._flight(wanted)
+        wanted.exchange.shares(flight, leads=True)
+        flight.task = asyncio.create_task(self._fly(flight, wanted))
+        await flight.begun()
         if flight.error is not None:
             raise flight.error
-        if flight.reply is None:
-            assert flight.entry  # it was in the shared store, or answers a question that means the same
-            return _near(self._replay(flight.entry, wanted, "hit"), flight)
-        reply = replies.live(flight, wanted, leads=True) if flight.streams else flight.reply
-        return self._labelled(reply, exchange, wanted.key)
+        made = flight.reply or flight.entry
+        assert made
+        return replies.live(flight, wanted, leads=True) if flight.streams else made
 
     async def _fly(self, flight: Flight, wanted: Wanted) -> None:
-        """Make an answer, for all who wait, and keep it."""
         try:
-            if self._store.is_shared or self.questions:
-                await self._find(flight, wanted)
-            elif (entry := await self._generate(flight, wanted)) is not None:
-                self._store.put(wanted.key, entry)
-        except Exception as error:  # whatever it is, it is raised where somebody waits
-            flight.end(error=error)
+            await (self._find(wanted) if self._seeks else self._generate(wanted))
+        except BaseException as error:
+            self._fail(wanted, error)
+            if not isinstance(error, Exception):
+                raise
         finally:
-            if not flight.over:
-                flight.end(error=TruncatedAnswer("it was given up"))
-            if self._flights.get(wanted.flight) is flight:
-                del self._flights[wanted.flight]
             if not flight.has(wanted.exchange):
                 await wanted.exchange.close()
 
-    async def _find(self, flight: Flight, wanted: Wanted) -> None:
+    async def _find(self, wanted: Wanted) -> Reply | Entry:
         """Look where other replicas and other questions have their answers, before one is made."""
         claim = await self._claim(wanted) if self._store.is_shared else None
         if isinstance(claim, Entry):
-            flight.end(claim)
-            return
-        entry = None
+            self._end(wanted, claim)
+            return claim
+        search = None
         try:
             search = await self._search(wanted) if self.questions else None
             if search and search.near and search.entry and self._will_do(search.entry, wanted.wish):
-                flight.similarity = search.near.similarity
-                flight.end(search.entry)
-                return
-            entry = await self._generate(flight, wanted)
+                wanted.similarity = search.near.similarity
+                self._end(wanted, search.entry)
+                return search.entry
+            reply = await self._generate(wanted, claim)
         finally:
-            await self._keep(wanted.key, entry, claim)
-        if search and entry and self.questions:
-            await self.questions.keep(search, wanted.asked, wanted.model, wanted.key, entry)
+            if claim is not None and wanted.kept is None:
+                await _now(self._store.release(claim))
+        if search and wanted.kept and self.questions:
+            await self.questions.keep(search, wanted.asked, wanted.model, wanted.key, wanted.kept)
+        return reply
 
-    async def _generate(self, flight: Flight, wanted: Wanted) -> Entry | None:
-        """Have an endpoint answer, for all who wait; return what is to be kept."""
-        exchange = wanted.exchange
+    async def _generate(self, wanted: Wanted, claim: Claim | None = None) -> Reply:
+        """Have an endpoint answer, for all who wait, and keep what it says."""
         reply = await wanted.walk(None, True).answer()
-        streams = reply.is_event_stream and reply.status == 200 and wanted.asked.envelope.stream
-        flight.begin(reply, exchange.endpoint, streams=streams)
-        body = await _passed(reply, flight) if streams else reply.document if reply.body is None else None
+        if wanted.shared is not None:
+            body = await _passed(reply, wanted.shared, wanted)
+        else:
+            body = reply.document if reply.body is None else None
         entry = None if body is None or reply.status != 200 else self._entry(wanted, reply, body)
-        flight.end(entry)
-        if entry is None or not _is_whole(entry, reply, exchange) or len(entry.body) > self._limit:
-            return None
-        is_current = self._flights.get(wanted.flight) is flight  # there was no purge meanwhile
-        return entry if is_current else None
+        if self._end(wanted, entry) and entry is not None and self._is_to_be_kept(entry, reply, wanted.exchange):
+            wanted.kept = entry
+            if (storing := self._store.put(wanted.key, entry, claim)) is not None:
+                await storing
+        return reply
+
+    def _end(self, wanted: Wanted, entry: Entry | None) -> bool:
+        """An answer is there, or none that others can have. Say whether nothing was purged since it was asked for."""
+        if (flight := wanted.shared) is not None:
+            return self._land(flight, wanted, entry, None)
+        if self._alone.get(wanted.flight) is not wanted:
+            return False
+        del self._alone[wanted.flight]
+        return True
+
+    def _fail(self, wanted: Wanted, error: BaseException) -> None:
+        """There will be no answer, or all that was to be done with it did not work; the first is told who waits."""
+        if (flight := wanted.shared) is not None:
+            told = error if isinstance(error, Exception) else TruncatedAnswer("it was given up")
+            self._land(flight, wanted, None, told)
+        elif self._alone.get(wanted.flight) is wanted:
+            del self._alone[wanted.flight]
+
+    def _land(self, flight: Flight, wanted: Wanted, entry: Entry | None, error: Exception | None) -> bool:
+        flight.similarity = wanted.similarity
+        flight.end(entry, error)
+        if wanted.client is not None:
+            wanted.client.when_gone(None)
+        if self._flights.get(wanted.flight) is not flight:
+            return False
+        del self._flights[wanted.flight]
+        return True
 
     async def _claim(self, wanted: Wanted) -> Claim | Entry | None:
         """Ask to generate alone among replicas, or for what another one has generated."""
@@ -310,7 +358,7 @@ class Cached:
 
     def _entry(self, wanted: Wanted, reply: Reply, body: bytes) -> Entry:
         exchange, tally = wanted.exchange, reply.tally
-        ttl, own = cast(float, wanted.rule.ttl), wanted.wish.ttl
+        ttl, own = wanted.rule.ttl or 0.0, wanted.wish.ttl
         # By position: that takes a sixth of the time that names do.
         return Entry(
             exchange.model,
@@ -318,7 +366,7 @@ class Cached:
             wanted.asked.envelope.model,
             exchange.operation,
             reply.is_event_stream,
-            content_type(reply.headers),
+            dict(reply.headers).get(b"content-type", b""),
             body,
             self._clock(),
             ttl if own is None else min(own, ttl),
@@ -326,12 +374,13 @@ class Cached:
             tally.finish_reason,
         )
 
-    async def _keep(self, name: bytes, entry: Entry | None, claim: Claim | None) -> None:
-        if entry is not None:
-            if (storing := self._store.put(name, entry, claim)) is not None:
-                await storing
-        elif claim is not None:
-            await _now(self._store.release(claim))
+    def _is_to_be_kept(self, entry: Entry, reply: Reply, exchange: Exchange) -> bool:
+        """Say whether an answer is whole, is the model's own, and not too long."""
+        if exchange.level or exchange.resumed or reply.tally.failed or len(entry.body) > self._limit:
+            return False
+        if entry.finish_reason not in _WHOLE and entry.operation in FIRST_TOKEN:
+            return False
+        return entry.stream or entry.content_type.lower().startswith(replay.JSON)
 
 
 def _key(asked: Asked, model: Model, rule: CacheRule, wish: Wish, key_id: str) -> bytes | None:
@@ -343,30 +392,17 @@ def _key(asked: Asked, model: Model, rule: CacheRule, wish: Wish, key_id: str) -
     return key.key(asked, model.name, model.revision, scope, fixed=when == "deterministic")
 
 
-def _near(reply: Reply, flight: Flight) -> Reply:
-    """Say of an answer to another question how near that is."""
-    if flight.similarity is not None:
-        reply.headers.append((b"x-polyvox-cache-similarity", b"%.4f" % flight.similarity))
-    return reply
-
-
 async def _now(found: Awaitable[T] | T) -> T:
     """Return what a store gave, at once or in a moment."""
     return await found if isinstance(found, Awaitable) else found
 
 
-def _is_whole(entry: Entry, reply: Reply, exchange: Exchange) -> bool:
-    """Say whether an answer is whole, and is the model's own."""
-    if exchange.level or exchange.resumed or reply.tally.failed:
-        return False
-    if entry.operation in FIRST_TOKEN and entry.finish_reason not in _WHOLE:
-        return False
-    return entry.stream or entry.content_type.lower().startswith(replay.JSON)
-
-
-async def _passed(reply: Reply, flight: Flight) -> bytes | None:
-    """Pass a stream to all who wait for it; return all of it, None if that is more than is kept."""
-    assert reply.body is not None
+async def _passed(reply: Reply, flight: Flight, wanted: Wanted) -> bytes | None:
+    """Pass an answer to all who wait for it; return all of it, None if that is more than is kept."""
+    streams = reply.is_event_stream and reply.status == 200 and wanted.asked.envelope.stream
+    flight.begin(reply, wanted.exchange.endpoint, streams=streams)
+    if not streams or reply.body is None:
+        return reply.document if reply.body is None else None
     flight.put(reply.opening)
     passing, more = b"", True
     while more:

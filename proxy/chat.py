@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 
 from proxy import accounting, limits, wire
-from proxy.cache import wish
-from proxy.cache.replies import WhenGone
+from proxy.cache import key, wish
+from proxy.cache.replies import Client
 from proxy.cached import Cached
 from proxy.deadline import Deadline
 from proxy.ensemble import FanOut
@@ -18,7 +18,7 @@ from proxy.registry import Ensemble, Preset
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.route import Ways
-from proxy.routing import explanation, presets
+from proxy.routing import explanation, presets, wishes
 from proxy.routing.dispatch import Dispatcher, Inquiry
 from proxy.routing.placing import Placed, Placing
 from proxy.transport import content_type
@@ -26,6 +26,7 @@ from proxy.transport import content_type
 Headers = list[tuple[bytes, bytes]]
 
 _FORMS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations"))
+TELLING = wishes.NAMES | wish.NAMES | key.HEADERS  # headers from which the cache or the routing learn something
 # By what a request has that is only to be explained: the path that it would be sent to.
 _TALKS = {"messages": "/v1/chat/completions", "input": "/v1/responses", "prompt": "/v1/completions"}
 
@@ -33,10 +34,9 @@ _TALKS = {"messages": "/v1/chat/completions", "input": "/v1/responses", "prompt"
 class Incoming(msgspec.Struct, frozen=True):
     """A request as it reached us, its body whole.
 
-    salt, models: see auth.Caller. deadline: when its client will be gone.
+    salt, models: see auth.Caller. deadline: when its client will be gone. ordinary: it has none of TELLING, as most.
     """
 
-    method: str
     path: str
     query: bytes
     headers: Headers
@@ -45,7 +45,8 @@ class Incoming(msgspec.Struct, frozen=True):
     salt: str | None = None
     deadline: Deadline | None = None
     models: frozenset[str] | None = None
-    when_gone: WhenGone | None = None
+    client: Client | None = None
+    ordinary: bool = False
 
 
 class Chat:
@@ -98,8 +99,8 @@ class Chat:
         def walk(deadline: Deadline | None, whole: bool) -> Walk:
             return Walk(self._ways, asked, model, chain, exchange, deadline, chosen=placed.chosen, whole=whole)
 
-        said = wish.read(request.headers, field)
-        return self.cached.answer(asked, model, chain, exchange, walk, said, request.deadline, request.when_gone)
+        said = wish.NONE if request.ordinary and field is None else wish.read(request.headers, field)
+        return self.cached.answer(asked, model, chain, exchange, walk, said, request.deadline, request.client)
 
     async def _together(self, target: Ensemble, asked: Asked, request: Incoming, exchange: Exchange) -> Reply:
         """Answer a request with several models."""
@@ -136,7 +137,7 @@ class Chat:
 
 def _asked(request: Incoming, envelope: wire.Envelope, plain: msgspec.Raw | None, *, form: bool) -> Asked:
     r = request
-    return Asked(r.path, r.query, r.headers, r.body, envelope, r.request_id, form, r.salt, plain)
+    return Asked(r.path, r.query, r.headers, r.body, envelope, r.request_id, form, r.salt, plain, r.ordinary)
 
 
 def _without_cost(asked: Asked, exchange: Exchange) -> Asked:

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from time import monotonic
 from typing import Self, TypeVar
 
@@ -29,15 +29,13 @@ class Deadline:
         return f"<Deadline at {self._at:.3f}>"
 
     @classmethod
-    def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> Self | None:
+    def of(cls, headers: Mapping[bytes, bytes]) -> Self | None:
         """Return the deadline that the headers of a request that is here now ask for, None for none.
 
         Raises BadRequest where the value is no number of seconds above 0.
         """
-        for name, value in headers:
-            if name == HEADER:
-                return cls(monotonic() + _seconds(value))
-        return None
+        value = headers.get(HEADER)
+        return None if value is None else cls(monotonic() + _seconds(value))
 
     def remaining(self) -> float:
         """Return the seconds until then, 0.0 if it has passed."""

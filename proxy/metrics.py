@@ -221,7 +221,8 @@ class Metrics:
             own[at + _COST.at] += event.usd
         if event.cache:
             own[at + _RESULTS[event.cache]] += 1
-            own[at + _SAVED.at] += event.saved or 0.0
+            if event.saved:
+                own[at + _SAVED.at] += event.saved
         self._observe(at, _E2E, event.seconds)
         if event.to_first_token is not None:
             self._observe(at, _TTFT, event.to_first_token)

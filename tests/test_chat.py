@@ -82,7 +82,7 @@ def answered(
     admission = make_admission(config, make_balancer(config, Board(slots_of(config))), metrics)
     ways = Ways(live, Endpoints(metrics), lambda endpoint: transport, 1.0, Limits(), admission)  # type: ignore[arg-type, return-value]
     chat = Chat(ways)
-    request = Incoming("POST", path, b"", [], json.dumps(body).encode(), b"id", None, deadline)
+    request = Incoming(path, b"", [], json.dumps(body).encode(), b"id", None, deadline)
 
     async def story() -> bytes:
         exchange = Exchange(metrics, "chat" if "chat" in path else "responses")
@@ -119,7 +119,7 @@ def test_no_endpoint_is_asked_that_refuses_or_tells_by_itself(path, body, stream
 @pytest.mark.parametrize("pass_timeout", [True, False])
 def test_a_deadline_is_passed_on_to_those_who_know_it(pass_timeout):
     endpoint = EndpointSettings(base_url="http://x/v1", pass_timeout=pass_timeout)
-    deadline = Deadline.of([(HEADER, b"30")])
+    deadline = Deadline.of({HEADER: b"30"})
     transport, _ = answered("/v1/chat/completions", {"model": "m"}, endpoint, deadline)
     told = [float(value) for name, value in transport.headers if name == HEADER]
     assert len(told) == pass_timeout
@@ -132,8 +132,8 @@ def test_a_deadline_ends_the_wait_for_an_engine_that_starts():
     metrics = Metrics(config)
     admission = make_admission(config, make_balancer(config, Board(slots_of(config))), metrics)
     chat = Chat(Ways(live, Endpoints(metrics), FakeTransport, 60.0, Limits(), admission))  # type: ignore[arg-type]
-    deadline = Deadline.of([(HEADER, b"0.01")])
-    request = Incoming("POST", "/v1/chat/completions", b"", [], b'{"model":"m"}', b"id", None, deadline)
+    deadline = Deadline.of({HEADER: b"0.01"})
+    request = Incoming("/v1/chat/completions", b"", [], b'{"model":"m"}', b"id", None, deadline)
     assert deadline
     with pytest.raises(DeadlinePassed):
         asyncio.run(deadline.bound(chat.answer(request, Exchange(metrics, "chat"))))

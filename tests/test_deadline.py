@@ -14,23 +14,23 @@ from proxy.errors import BadRequest, DeadlinePassed
 @pytest.mark.parametrize("value", [b"", b"0", b"0.0", b"-1", b"soon", b"1e3", b"1,5", b"inf", b"nan", b" 1", b"9" * 20])
 def test_what_is_no_number_of_seconds_above_0_is_refused_by_name(value):
     with pytest.raises(BadRequest) as caught:
-        Deadline.of([(HEADER, value)])
+        Deadline.of({HEADER: value})
     assert caught.value.param == "x-request-timeout"
     assert "x-request-timeout" in str(caught.value)
 
 
 def test_without_the_header_there_is_no_deadline():
-    assert Deadline.of([(b"accept", b"*/*")]) is None
+    assert Deadline.of({b"accept": b"*/*"}) is None
 
 
 @given(st.floats(60.0, 1e6))
 def test_what_remains_is_passed_on_and_is_no_more_than_was_given(seconds):
-    deadline = Deadline.of([(HEADER, b"%.3f" % seconds)])
+    deadline = Deadline.of({HEADER: b"%.3f" % seconds})
     assert deadline
     name, value = deadline.header()
     assert name == HEADER
     assert 0 < float(value) <= round(seconds, 3)
-    assert Deadline.of([(name, value)])
+    assert Deadline.of({name: value})
 
 
 def test_a_deadline_that_has_passed_is_not_passed_on():
@@ -47,7 +47,7 @@ def test_work_that_takes_too_long_is_cancelled():
         finally:
             ended.append(True)
 
-    deadline = Deadline.of([(HEADER, b"0.01")])
+    deadline = Deadline.of({HEADER: b"0.01"})
     assert deadline
     with pytest.raises(DeadlinePassed) as caught:
         asyncio.run(deadline.bound(work()))
@@ -56,7 +56,7 @@ def test_work_that_takes_too_long_is_cancelled():
 
 
 def test_work_in_time_gives_what_it_gives_and_its_own_timeouts_stay_its_own():
-    deadline = Deadline.of([(HEADER, b"60")])
+    deadline = Deadline.of({HEADER: b"60"})
     assert deadline
 
     async def gives() -> int:
@@ -77,7 +77,7 @@ async def endless() -> AsyncIterator[bytes]:
 
 def test_a_body_that_flows_on_ends_at_the_deadline_too():
     async def story() -> None:
-        deadline = Deadline.of([(HEADER, b"0.01")])
+        deadline = Deadline.of({HEADER: b"0.01"})
         assert deadline
         with pytest.raises(DeadlinePassed):
             async for _ in deadline.bounded(endless()):

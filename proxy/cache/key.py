@@ -19,10 +19,10 @@ frame is found by cutting what is said out of the body. It is one only if whatev
 field: it is read with a secret in its place.
 """
 
+import contextlib
 import hashlib
 import secrets
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -55,7 +55,8 @@ _SPECIAL = _LEFT_OUT | _STATEFUL | _SCHEMAS
 _TURNS = {CHAT: "messages", "/v1/messages": "messages", "/v1/responses": "input"}
 _SAID = {**_TURNS, COMPLETIONS: "prompt", "/tokenize": "prompt", "/v1/embeddings": "input"}
 _URLS = ("image_url", "audio_url", "video_url", "file_url", "url")
-_HEADERS = (b"anthropic-beta", b"anthropic-version")
+HEADERS = frozenset((b"anthropic-beta", b"anthropic-version"))
+_SPOKEN = frozenset((b"[", b'"'))  # what a list and a text begin with
 _FRAMES = 256  # that are remembered
 _FRAME_BYTES = 16 * 1024  # that one of them may have
 _NEEDLE = 16  # bytes to look for; looking for long ones takes ten times as long
@@ -83,14 +84,13 @@ _decode_turns = msgspec.json.Decoder(list[_Turn]).decode
 _Caller = tuple[str, str | None, str, str, str, bytes, tuple[tuple[bytes, bytes], ...], bool]
 
 
-class _Frame(NamedTuple):
-    """What requests have in common that differ in what they say. digest: empty where no answer to them is kept."""
+# What requests have in common that differ in what they say: their scope, and a digest of all the rest, b"" where no
+# answer to them is kept.
+_Frame = tuple[bytes, bytes]
+_NOT_KEPT = b"", b""
 
-    scope: bytes
-    digest: bytes
-
-
-_NOT_KEPT = _Frame(b"", b"")
+# All mutable state: the frames that were met, by the bytes around what is said, and by who asks whom where.
+_frames: dict[tuple[object, ...], _Frame] = {}
 
 
 def key(asked: Asked, model: str, revision: str, key_id: str, *, fixed: bool = False) -> bytes | None:
@@ -99,46 +99,57 @@ def key(asked: Asked, model: str, revision: str, key_id: str, *, fixed: bool = F
     model, revision: what the name stands for now. key_id: whose answers may be given, "" for those of all. fixed: only
     where the answer is the same each time, as far as an engine can make it so: its sampling is fixed.
     """
-    path = asked.path
-    if asked.form or path not in _CACHED_PATHS:
-        return None
-    headers = tuple([header for header in asked.headers if header[0] in _HEADERS])
-    streams = asked.envelope.stream and path not in REPLAYED
-    caller = key_id, asked.salt if key_id else None, model, revision, path, asked.query, headers, streams
+    path, body = asked.path, asked.body
+    said = bytes(asked.envelope.fields.get(_SAID.get(path, ""), b""))
+    at = body.find(said[:_NEEDLE])
     try:
-        frame, said = _cut(asked, path, caller, fixed) or _read(asked.body, path, caller, fixed)
+        if said[:1] not in _SPOKEN or len(body) - len(said) > _FRAME_BYTES or not body.startswith(said, at):
+            return _of_all(asked, _caller(asked, model, revision, key_id), fixed)
+        around = body[:at], body[at + len(said) :], path, fixed, model, revision, key_id, asked.salt
+        frame = _frames.get(around)
+        if frame is None or asked.query or not (asked.ordinary or HEADERS.isdisjoint(dict(asked.headers))):
+            return _of_new(asked, _caller(asked, model, revision, key_id), fixed, said, around)
+        return _hashed(frame, _respelled(path, said) if frame[1] else None)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    if said is None or not frame.digest:
-        return None
-    return frame.scope + _sha256(frame.digest + said).digest()[SCOPE_BYTES:]
 
 
-def _cut(asked: Asked, path: str, caller: _Caller, fixed: bool) -> tuple[_Frame, bytes | None] | None:
-    """Return a frame that is known by its bytes, and what is said in it; None for a body to be read whole."""
-    raw = asked.envelope.fields.get(_SAID.get(path, ""))
-    if raw is None:
-        return None
-    said = bytes(raw)
-    if len(asked.body) - len(said) > _FRAME_BYTES or said[0] not in b'["':
-        return None
-    at = asked.body.find(said[:_NEEDLE])
-    if not asked.body.startswith(said, at):
-        return None
-    frame = _frame(asked.body[:at], asked.body[at + len(said) :], path, caller, fixed)
-    if frame is None:
-        return None
-    return frame, _respelled(path, said) if frame.digest else None
+def _caller(asked: Asked, model: str, revision: str, key_id: str) -> _Caller:
+    headers = tuple([header for header in asked.headers if header[0] in HEADERS])
+    streams = asked.envelope.stream and asked.path not in REPLAYED
+    return key_id, asked.salt if key_id else None, model, revision, asked.path, asked.query, headers, streams
 
 
-@lru_cache(maxsize=_FRAMES)
-def _frame(head: bytes, tail: bytes, path: str, caller: _Caller, fixed: bool) -> _Frame | None:
-    """Return the frame that these bytes are, None if what stands between them need not be what is said."""
-    try:
-        fields = _decode(head + _FILLED + tail)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+def _of_all(asked: Asked, caller: _Caller, fixed: bool) -> bytes | None:
+    """Return the key of a request whose body is read whole. Raises DecodeError."""
+    if asked.form or asked.path not in _CACHED_PATHS:
         return None
-    return _digested(fields, path, caller, fixed) if fields.pop(_SAID[path], None) == _HOLE else None
+    fields, name = _decode(asked.body), _SAID.get(asked.path, "")
+    said = fields.get(name)
+    if said.__class__ is not list and said.__class__ is not str:
+        return _hashed(_digested(fields, asked.path, caller, fixed), b"")
+    del fields[name]
+    return _hashed(_digested(fields, asked.path, caller, fixed), _canonical_said(asked.path, said))
+
+
+def _of_new(asked: Asked, caller: _Caller, fixed: bool, said: bytes, around: tuple[Any, ...]) -> bytes | None:
+    """Return the key of a request whose frame is not known, which then it is. Raises DecodeError."""
+    fields: dict[str, Any] = {}
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        fields = _decode(around[0] + _FILLED + around[1])
+    if fields.pop(_SAID[asked.path], None) != _HOLE:  # what stands there need not be what is said
+        return _of_all(asked, caller, fixed)
+    frame = _digested(fields, asked.path, caller, fixed)
+    if not asked.query and not caller[-2]:
+        if len(_frames) >= _FRAMES:
+            _frames.clear()
+        _frames[around] = frame
+    return _hashed(frame, _respelled(asked.path, said) if frame[1] else None)
+
+
+def _hashed(frame: _Frame, spelled: bytes | None) -> bytes | None:
+    scope, digest = frame
+    return scope + _sha256(digest + spelled).digest()[SCOPE_BYTES:] if digest and spelled is not None else None
 
 
 def _respelled(path: str, said: bytes) -> bytes | None:
@@ -155,23 +166,13 @@ def _canonical_said(path: str, said: Any) -> bytes | None:
     return None if _fetches(path, said) else _encode(said)
 
 
-def _read(body: bytes, path: str, caller: _Caller, fixed: bool) -> tuple[_Frame, bytes | None]:
-    """Return the frame of any body, and what is said in it, None where a part of it is fetched. Raises DecodeError."""
-    fields = _decode(body)
-    said = fields.get(_SAID.get(path, ""))
-    if said.__class__ is not list and said.__class__ is not str:
-        return _digested(fields, path, caller, fixed), b""
-    del fields[_SAID[path]]
-    return _digested(fields, path, caller, fixed), _canonical_said(path, said)
-
-
 def _digested(fields: dict[str, Any], path: str, caller: _Caller, fixed: bool) -> _Frame:
     canonical = None if fixed and not _is_fixed(path, fields) else _canonical(path, fields)
     if canonical is None:
         return _NOT_KEPT
     key_id = caller[0]
     scope = bytes.fromhex(key_id) if key_id else bytes(SCOPE_BYTES)
-    return _Frame(scope, _sha256(msgspec.msgpack.encode(caller) + canonical).digest())
+    return scope, _sha256(msgspec.msgpack.encode(caller) + canonical).digest()
 
 
 def _is_fixed(path: str, fields: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from proxy.cache import Claim, Entry, Stats
+from proxy.cache import ENTRY_OVERHEAD, Claim, Entry, Stats
 
 
 class MemoryStore:
@@ -42,19 +42,16 @@ class MemoryStore:
         """Give no claim: nobody else has this store."""
 
     def put(self, key: bytes, entry: Entry, claim: Claim | None = None) -> None:
-        entries = self._entries
-        if key in entries:
+        if key in self._entries:
             self._drop(key)
-        size = entry.size()
+        size = len(entry.body) + ENTRY_OVERHEAD
         if size > self._max_bytes:
             return
-        entries[key] = entry
-        total = self._bytes + size
+        self._entries[key] = entry
         self._stored += 1
-        while total > self._max_bytes:
-            total -= entries.popitem(last=False)[1].size()
-            self._evicted += 1
-        self._bytes = total
+        self._bytes += size
+        if self._bytes > self._max_bytes:
+            self._make_room()
 
     def release(self, claim: Claim) -> None:
         """Nothing to give back."""
@@ -73,6 +70,11 @@ class MemoryStore:
     async def close(self) -> None:
         self._entries.clear()
         self._bytes = 0
+
+    def _make_room(self) -> None:
+        while self._bytes > self._max_bytes:
+            self._bytes -= self._entries.popitem(last=False)[1].size()
+            self._evicted += 1
 
     def _drop(self, key: bytes) -> None:
         self._bytes -= self._entries.pop(key).size()

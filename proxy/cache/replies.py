@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Protocol
 
 import msgspec
 
@@ -21,19 +22,30 @@ from proxy.renaming import EventRenamer
 from proxy.reply import Headers, Reply, with_length
 from proxy.telemetry import FIRST_TOKEN
 
-# An extension of ASGI that our server has. It takes what is called when the client goes, instead of ending the task.
-GONE = "polyvox.when_gone"
-WhenGone = Callable[[Callable[[], object] | None], None]
+CLIENT = "polyvox.client"  # an extension of ASGI that our server has
+
+
+class Client(Protocol):
+    """Who waits for an answer. task: what makes it, and ends when the client goes."""
+
+    task: "asyncio.Task[None] | None"
+
+    def when_gone(self, call: Callable[[], object] | None) -> None:
+        """Have this called when the client goes, instead of ending the task; None: end it, as usual."""
+        ...
+
 
 Walks = Callable[[Deadline | None, bool], Walk]  # from the arguments of Walk that are left open: deadline, whole
 FlightKey = bytes | tuple[object, ...]  # the key of the cache, with the chain if there is one
 
 
-class Wanted(msgspec.Struct, frozen=True, gc=False):
+class Wanted(msgspec.Struct):
     """A request whose answer may be kept.
 
-    walk: makes its walk. deadline: of its client. when_gone: see GONE. flight: what requests have in common that can
-    share one generation: who lists other fallbacks wants no part of it. shows_cost: see Exchange.
+    walk: makes its walk. deadline: of its client. flight: what requests have in common that can share one generation:
+    who lists other fallbacks wants no part of it. shows_cost: see Exchange. All else is mutable state: what others wait
+    for with it, once they do; what is kept of its answer; how near the question is of whose answer it gets, where that
+    is another.
     """
 
     asked: Asked
@@ -41,12 +53,15 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     walk: Walks
     exchange: Exchange
     deadline: Deadline | None
-    when_gone: WhenGone | None
+    client: Client | None
     wish: Wish
     rule: CacheRule
     key: bytes
     flight: FlightKey
     shows_cost: bool
+    shared: Flight | None = None
+    kept: Entry | None = None
+    similarity: float | None = None
 
     def hides_usage(self) -> bool:
         """Say whether a stream is not to tell what it used."""

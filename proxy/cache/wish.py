@@ -11,6 +11,7 @@ from proxy.cache.settings import When
 from proxy.errors import BadRequest
 
 FIELD = "cache"
+NAMES = frozenset((b"cache-control",))
 Seconds = Annotated[float, Meta(ge=0)]
 
 _FIELDS = "an object of no-cache, no-store (booleans), max-age, ttl (seconds), pace (events a second) and when"
@@ -40,7 +41,7 @@ def read(headers: Iterable[tuple[bytes, bytes]], field: msgspec.Raw | None) -> W
     """Read the wish of a request. Names of headers are lower-case. Raises BadRequest with what is wrong."""
     wish = NONE
     for name, value in headers:
-        if name == b"cache-control":
+        if name in NAMES:
             wish = _directives(value.decode("latin-1"), wish)
     return wish if field is None else _with_field(wish, bytes(field))
 

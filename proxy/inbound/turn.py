@@ -81,7 +81,7 @@ class Turn:
         self._complete = False
         self._abandoned = False
         self._when_gone: Callable[[], object] | None = None
-        scope["extensions"] = {"polyvox.when_gone": self.when_gone}
+        scope["extensions"] = {"polyvox.client": self}
 
     def __repr__(self) -> str:
         state = "complete" if self._complete else "begun" if self.begun else "waiting"

@@ -27,7 +27,8 @@ class Asked(msgspec.Struct, frozen=True, gc=False):
 
     path, query, headers, body: as they came, or the body as it was changed to go on with an answer that broke.
     envelope: what was read of the body as it came. form: the body is multipart/form-data. salt: what keeps the client's
-    part of an engine's prefix cache apart, None for nothing. plain: see limits.check.
+    part of an engine's prefix cache apart, None for nothing. plain: see limits.check. ordinary: no header of it tells
+    the cache or the routing anything, so that nobody need look; it may be so without this.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Asked(msgspec.Struct, frozen=True, gc=False):
     form: bool = False
     salt: str | None = None
     plain: msgspec.Raw | None = None
+    ordinary: bool = False
 
     def with_fields(self, fields: dict[str, msgspec.Raw]) -> "Asked":
         """Write the body anew from these fields, whose values keep their bytes."""

@@ -59,7 +59,7 @@ class Placing:
         if isinstance(target, Preset):  # 1
             asked, target = with_preset(asked, target), target.of
         fields = asked.envelope.fields
-        if isinstance(target, Model) and not wishes.are_in(fields, asked.headers):  # 2
+        if isinstance(target, Model) and not wishes.are_in(fields, () if asked.ordinary else asked.headers):  # 2
             forbidden.check(fields, target.policy, self._limits, asked.plain)
             chain = registry.chains.get(name, ())
             return Placed(asked, target, chain if only is None else tuple(m for m in chain if m in only))
