@@ -58,6 +58,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         session.config.stash[_PREPARATION] = Preparation()
 
 
+@pytest.hookimpl(trylast=True)  # after the end of all fixtures
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _PREPARATION in session.config.stash:
         session.config.stash[_PREPARATION].end()
