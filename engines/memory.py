@@ -268,6 +268,9 @@ def _cpu_placement(need: _Need, cores: tuple[int, ...], kv: int, machine: Machin
     total = need.bytes + kv + overhead
     environment = {} if _fixed_kv(spec) is not None else {"VLLM_CPU_KVCACHE_SPACE": str(kv // GIB)}
     environment |= _processes(spec, cores)
+    if spec.settings.args.get("enforce-eager"):
+        # Or torch compiles at the first request for log probabilities: seconds, or the engine's end without a compiler.
+        environment["TORCH_COMPILE_DISABLE"] = "1"
     device = f"cpu {_ranges(cores)}"
     args: dict[str, Scalar] = {"distributed-executor-backend": "uni"} if _in_one_process(spec) else {}
     row = Row(spec.id, device, need.weights, kv, overhead, total, total / max(machine.memory_available, 1))

@@ -1,6 +1,8 @@
 """The `polyvox` command. Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 no server answers."""
 
 import asyncio
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -35,6 +37,8 @@ def _state_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.version_option(package_name="polyvox", prog_name="polyvox")
 def main() -> None:
     """Many models, one OpenAI API: local vLLM engines first, clouds when needed."""
+    # What was imported is not searched for garbage once more at the end: that was half of the time of a server's stop.
+    atexit.register(gc.freeze)
 
 
 @main.command()

@@ -1,5 +1,12 @@
-"""How property tests choose their examples: the same each time in `make test`, new ones in `make search`."""
+"""How property tests choose their examples: the same each time in `make test`, new ones in `make search`.
 
+And one TLS context for the clients of all tests: each would read the certificates that the system trusts, for 20 ms,
+though none of them speaks TLS.
+"""
+
+import functools
+
+from httpx2._transports import default as httpx2_transports
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
@@ -23,3 +30,5 @@ def _constants() -> providers.Constants:
 
 
 providers._get_local_constants = _constants
+
+httpx2_transports.create_ssl_context = functools.cache(httpx2_transports.create_ssl_context)

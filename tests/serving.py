@@ -123,9 +123,16 @@ def serve(configuration: dict[str, object], folder: Path) -> Iterator[Server]:
 
     A block that has ended the server itself is left alone.
     """
+    with beginning(configuration, folder) as server:
+        wait_until_ready(server)
+        yield server
+
+
+@contextlib.contextmanager
+def beginning(configuration: dict[str, object], folder: Path) -> Iterator[Server]:
+    """As `serve`, for a block that does something else while the server starts."""
     server = start(configuration, folder)
     try:
-        wait_until_ready(server)
         yield server
         if server.process.is_running() and server.process.poll() is None:
             stop(server)
@@ -165,7 +172,7 @@ def wait_until_ready(server: Server) -> None:
             return bool(fleet) and all(e.state == "ready" for e in fleet)
         return False
 
-    eventually(ready, START_DEADLINE, lambda: f"not all engines are ready:\n{server.log()}", pause=0.5)
+    eventually(ready, START_DEADLINE, lambda: f"not all engines are ready:\n{server.log()}", pause=0.1)
 
 
 def stop(server: Server) -> None:

@@ -116,6 +116,13 @@ def test_the_users_own_binding_of_threads_is_left_alone() -> None:
     assert found.placements["m/0"].args == {}
 
 
+def test_an_engine_that_is_not_to_compile_needs_no_compiler() -> None:
+    asked = [spec("a", args={"enforce-eager": True}), spec("b"), spec("c", args={"enforce-eager": False})]
+    found = planned(asked, machine())
+    eager = [name for name, placed in found.placements.items() if "TORCH_COMPILE_DISABLE" in placed.environment]
+    assert eager == ["a/0"]
+
+
 def test_an_engine_of_several_workers_keeps_its_worker_processes() -> None:
     found = planned([spec(args={"tensor-parallel-size": 2})], machine())
     assert found.placements["m/0"].args == {}

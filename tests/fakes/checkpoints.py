@@ -31,6 +31,11 @@ def write_checkpoints(interpreter: Path, folder: Path) -> Checkpoints:
     command = [str(interpreter), "-I", str(_WRITER), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{_WRITER.name} failed:\n{done.stderr[-4000:]}"
+    return checkpoints_in(folder)
+
+
+def checkpoints_in(folder: Path) -> Checkpoints:
+    """Return those that were written below `folder`."""
     return Checkpoints(*(folder / name for name in Checkpoints.__struct_fields__))
 
 

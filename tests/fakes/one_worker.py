@@ -1,7 +1,9 @@
 """A proxy of ours in this process, before scripted upstreams on real sockets."""
 
 import asyncio
+import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -85,8 +87,30 @@ class Proxy:
 
 
 class _Server(uvicorn.Server):
+    """uvicorn without its waits: it looks each 0.1 s whether it is to end, and gives all connections 0.1 s for it."""
+
+    def __init__(self, settings: uvicorn.Config) -> None:
+        super().__init__(settings)
+        self.ending = asyncio.Event()
+
     def install_signal_handlers(self) -> None:
         pass
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.ending.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listening in self.servers:
+            listening.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+                while self.server_state.connections or self.server_state.tasks:
+                    await asyncio.sleep(0.001)
+        for task in self.server_state.tasks:
+            task.cancel()
 
 
 @asynccontextmanager
@@ -113,7 +137,7 @@ async def proxying(config: Config) -> AsyncIterator[Proxy]:
         await proxy.recovery.close()
         if proxy.cached:
             await proxy.cached.close()
-        server.should_exit = True
+        server.ending.set()
         await serving
         for transport in proxy.transports.values():
             await transport.close()

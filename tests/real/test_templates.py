@@ -4,29 +4,34 @@ import asyncio
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 
 from proxy import providers
 from proxy.config import Config, EndpointSettings, ModelSettings
 from proxy.prompts import rendering, rewritten
 from proxy.prompts.adapters import AdapterSettings, for_text, template_name
+from tests.fakes.checkpoints import Checkpoints
 from tests.fakes.one_worker import proxying, text_of
 from tests.prompts.conversations import CONVERSATIONS
 from tests.serving import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120, func_only=True)]
 
-# Renders with a checkpoint's own tokenizer, which has its template.
+# Renders with the tokenizers of checkpoints, which have their templates. The import takes longer than all else.
 _TRANSFORMERS = """
 import json, sys
 from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 chats = json.load(sys.stdin)
-texts = {k: tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for k, c in chats.items()}
-print(json.dumps({"texts": texts, "template": tokenizer.chat_template, "bos_token": tokenizer.bos_token,
-                  "eos_token": tokenizer.eos_token}))
+def rendered(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = {k: tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for k, c in chats.items()}
+    return {"texts": texts, "template": tokenizer.chat_template, "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token}
+print(json.dumps([rendered(folder) for folder in sys.argv[1:]]))
 """
 # Its text shows spaces and line feeds as the tokenizer has them.
 _MISTRAL = """
@@ -48,18 +53,29 @@ PLAIN = {  # in letters that Mistral's first tokenizers have
 }
 
 
-def run(interpreter: Path, script: str, argument: object) -> dict[str, str]:
-    chats = json.dumps(CONVERSATIONS if script is _TRANSFORMERS else PLAIN)
+def run(interpreter: Path, script: str, chats: object, *arguments: object) -> Any:
     done = subprocess.run(
-        [str(interpreter), "-I", "-c", script, str(argument)], input=chats, capture_output=True, text=True, check=False
-    )
+        [str(interpreter), "-I", "-c", script, *map(str, arguments)],
+        input=json.dumps(chats), capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "mistral", "llama", "qwen"])
-def test_the_template_of_a_checkpoint_is_rendered_as_transformers_renders_it(checkpoints, interpreter, smollm2, name):
-    reference = run(interpreter, _TRANSFORMERS, smollm2 if name == "smollm2" else getattr(checkpoints, name))
+TEMPLATES = ("smollm2", "mistral", "llama", "qwen")
+
+
+@pytest.fixture(scope="module")
+def references(checkpoints: Checkpoints, interpreter: Path, smollm2: Path) -> dict[str, Any]:
+    """What transformers makes of all conversations by the template of each checkpoint, and the template."""
+    folders = {"smollm2": smollm2, **msgspec.structs.asdict(checkpoints)}
+    rendered = run(interpreter, _TRANSFORMERS, CONVERSATIONS, *(folders[name] for name in TEMPLATES))
+    return dict(zip(TEMPLATES, rendered, strict=True))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_template_of_a_checkpoint_is_rendered_as_transformers_renders_it(references, name):
+    reference = references[name]
     form = rendering.Form(reference["template"], reference["bos_token"], reference["eos_token"])
     for title, chat in CONVERSATIONS.items():
         assert rendering.render(form, chat) == reference["texts"][title], title
@@ -67,7 +83,7 @@ def test_the_template_of_a_checkpoint_is_rendered_as_transformers_renders_it(che
 
 @pytest.mark.parametrize(("version", "family"), [("v1", "inst")])
 def test_a_chat_becomes_the_text_that_mistral_makes_of_it(interpreter, version, family):
-    reference = run(interpreter, _MISTRAL, version)
+    reference = run(interpreter, _MISTRAL, PLAIN, version)
     settings = AdapterSettings(family=family, bos_token="<s>")
     adapter = for_text(settings, "any", rendering.shipped(template_name(settings, "any")))
     for title, chat in PLAIN.items():
