@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from proxy.accounting import Tally
 from proxy.cache import Claim, Entry, Store, key, replay, replies
 from proxy.cache.bulletin import ALL, Bulletin, Purge, Report
 from proxy.cache.flight import Flight
 from proxy.cache.replies import Client, FlightKey, Walks, Wanted
-from proxy.cache.settings import CacheRule, CacheSettings, size
+from proxy.cache.settings import CacheSettings, size
 from proxy.cache.wish import Wish
 from proxy.deadline import Deadline
 from proxy.errors import StoreUnavailable, TruncatedAnswer, UpstreamError
@@ -84,10 +85,14 @@ class Cached:
         4. Have it made; the others may wait with us.
         """
         rule = self._rule(asked.envelope.model, model.name)
-        found = None if wish.no_store else _key(asked, model, rule, wish, exchange.key_id)
+        when = rule.when if wish.when is None or rule.when == "never" else wish.when
+        found = None
+        if when != "never" and not wish.no_store:
+            scope = exchange.key_id if rule.scope == "key" else ""
+            found = key.key(asked, model.name, model.revision, scope, fixed=when == "deterministic")
         if found is None:  # 1
             exchange.cache = "bypass"
-            return self._labelled(await walk(deadline, False).answer(), exchange)
+            return self._labelled(await walk(deadline).answer(), exchange)
         shows_cost, exchange.shows_cost = exchange.shows_cost, False  # what all share has no one's cost in it
         flight = (found, *chain) if chain else found
         wanted = Wanted(asked, model, walk, exchange, deadline, client, wish, rule, found, flight, shows_cost)
@@ -98,11 +103,14 @@ class Cached:
             self._flights.pop(flight, None)  # what it makes is newer
             return await self._lead(wanted)
         exchange.cache = "miss"
-        if flight in self._flights or flight in self._alone:
-            reply = await self._join(wanted)  # 2
-        else:
-            reply = self._kept(wanted)  # 3
-        return await self._lead(wanted) if reply is None else reply  # 4
+        if flight in self._flights or flight in self._alone:  # 2
+            if (reply := await self._join(wanted)) is not None:
+                return reply
+        elif not self._store.is_shared:  # else it is asked with a claim
+            entry = self._store.get(found)
+            if isinstance(entry, Entry) and self._will_do(entry, wish):  # 3
+                return self._replay(entry, wanted, "hit")
+        return await self._lead(wanted)  # 4
 
     async def purge(self, purge: Purge = ALL) -> int:
         """Have all workers forget answers, those that are being made included; return how many were kept.
@@ -155,13 +163,6 @@ class Cached:
         await self._store.close()
 
     # What is there
-
-    def _kept(self, wanted: Wanted) -> Reply | None:
-        """Return the answer that is kept here. A store that is shared is asked in one call, also for a claim."""
-        entry = None if self._store.is_shared else self._store.get(wanted.key)
-        if isinstance(entry, Entry) and self._will_do(entry, wanted.wish):
-            return self._replay(entry, wanted, "hit")
-        return None
 
     def _will_do(self, entry: Entry, wish: Wish) -> bool:
         return wish.max_age is None or entry.age(self._clock()) <= wish.max_age
@@ -297,13 +298,14 @@ class Cached:
 
     async def _generate(self, wanted: Wanted, claim: Claim | None = None) -> Reply:
         """Have an endpoint answer, for all who wait, and keep what it says."""
-        reply = await wanted.walk(None, True).answer()
+        reply = await wanted.walk(whole=True).answer()
         if wanted.shared is not None:
             body = await _passed(reply, wanted.shared, wanted)
         else:
             body = reply.document if reply.body is None else None
-        entry = None if body is None or reply.status != 200 else self._entry(wanted, reply, body)
-        if self._end(wanted, entry) and entry is not None and self._is_to_be_kept(entry, reply, wanted.exchange):
+        tally = reply.tally
+        entry = None if body is None or reply.status != 200 else self._entry(wanted, reply, tally, body)
+        if self._end(wanted, entry) and entry is not None and self._is_to_be_kept(entry, tally, wanted.exchange):
             wanted.kept = entry
             if (storing := self._store.put(wanted.key, entry, claim)) is not None:
                 await storing
@@ -356,9 +358,8 @@ class Cached:
         wanted.exchange.waited()
         return found
 
-    def _entry(self, wanted: Wanted, reply: Reply, body: bytes) -> Entry:
-        exchange, tally = wanted.exchange, reply.tally
-        ttl, own = wanted.rule.ttl or 0.0, wanted.wish.ttl
+    def _entry(self, wanted: Wanted, reply: Reply, tally: Tally, body: bytes) -> Entry:
+        exchange, ttl, own = wanted.exchange, wanted.rule.ttl or 0.0, wanted.wish.ttl
         # By position: that takes a sixth of the time that names do.
         return Entry(
             exchange.model,
@@ -374,22 +375,13 @@ class Cached:
             tally.finish_reason,
         )
 
-    def _is_to_be_kept(self, entry: Entry, reply: Reply, exchange: Exchange) -> bool:
+    def _is_to_be_kept(self, entry: Entry, tally: Tally, exchange: Exchange) -> bool:
         """Say whether an answer is whole, is the model's own, and not too long."""
-        if exchange.level or exchange.resumed or reply.tally.failed or len(entry.body) > self._limit:
+        if exchange.level or exchange.resumed or tally.failed or len(entry.body) > self._limit:
             return False
         if entry.finish_reason not in _WHOLE and entry.operation in FIRST_TOKEN:
             return False
         return entry.stream or entry.content_type.lower().startswith(replay.JSON)
-
-
-def _key(asked: Asked, model: Model, rule: CacheRule, wish: Wish, key_id: str) -> bytes | None:
-    """Return what an answer is kept under, None where it is not to be kept."""
-    when = rule.when if wish.when is None or rule.when == "never" else wish.when
-    if when == "never":
-        return None
-    scope = key_id if rule.scope == "key" else ""
-    return key.key(asked, model.name, model.revision, scope, fixed=when == "deterministic")
 
 
 async def _now(found: Awaitable[T] | T) -> T:

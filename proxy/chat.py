@@ -1,6 +1,7 @@
 """The story of one request: what it asks for, who answers it, and how the answer comes back."""
 
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -95,10 +96,7 @@ class Chat:
             asked = asked.without(wish.FIELD)
         if self.cached is None:
             return Walk(self._ways, asked, model, chain, exchange, request.deadline, chosen=placed.chosen).answer()
-
-        def walk(deadline: Deadline | None, whole: bool) -> Walk:
-            return Walk(self._ways, asked, model, chain, exchange, deadline, chosen=placed.chosen, whole=whole)
-
+        walk = partial(Walk, self._ways, asked, model, chain, exchange, chosen=placed.chosen)
         said = wish.NONE if request.ordinary and field is None else wish.read(request.headers, field)
         return self.cached.answer(asked, model, chain, exchange, walk, said, request.deadline, request.client)
 

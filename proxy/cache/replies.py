@@ -35,7 +35,7 @@ class Client(Protocol):
         ...
 
 
-Walks = Callable[[Deadline | None, bool], Walk]  # from the arguments of Walk that are left open: deadline, whole
+Walks = Callable[..., Walk]  # from the arguments of Walk that are left open: deadline, whole
 FlightKey = bytes | tuple[object, ...]  # the key of the cache, with the chain if there is one
 
 
