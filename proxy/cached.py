@@ -24,6 +24,7 @@ from proxy.registry import Model
 from proxy.relay import Exchange
 from proxy.reply import Reply
 from proxy.telemetry import CACHE_RESULTS, FIRST_TOKEN
+from proxy.transport import content_type
 
 if TYPE_CHECKING:
     from proxy.cache.questions import Questions  # which import numpy
@@ -367,7 +368,7 @@ class Cached:
             wanted.asked.envelope.model,
             exchange.operation,
             reply.is_event_stream,
-            dict(reply.headers).get(b"content-type", b""),
+            content_type(reply.headers),
             body,
             self._clock(),
             ttl if own is None else min(own, ttl),

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import httpx2
+import pytest
 
 from proxy.cache.settings import CacheSettings
 from proxy.config import Config, EndpointSettings, ModelSettings
@@ -44,7 +45,7 @@ async def rest(text: AsyncIterator[str]) -> str:
 
 def flights(proxy: Proxy) -> int:
     assert proxy.cached
-    return sum(len(flight._members) for flight in proxy.cached._flights.values())
+    return len(proxy.cached._alone) + sum(len(flight._members) for flight in proxy.cached._flights.values())
 
 
 def test_many_who_ask_the_same_at_once_share_one_generation() -> None:
@@ -120,6 +121,54 @@ def test_a_plain_request_that_began_may_leave_before_its_answer() -> None:
             up.release()
             assert (said(await second), (await second).json()["choices"][0]["message"]["content"]) == ("joined", "late")
             assert len(up.requests) == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("askers", [1, 2])
+def test_a_plain_generation_ends_when_all_have_left(askers: int) -> None:
+    async def scenario() -> None:
+        async with upstream([Step.STALL, whole("never")], [whole("next")]) as up, proxying(config(up.address)) as proxy:
+            asking = [asyncio.create_task(ask(proxy)) for _ in range(askers)]
+            await eventually(lambda: flights(proxy) == askers and up.open == 1)
+            for task in asking:
+                task.cancel()
+            await eventually(lambda: flights(proxy) == 0 and up.open == 0)
+            await eventually(lambda: proxy.running() == 0 and proxy.in_flight() == 0)
+            answer = await ask(proxy)
+            assert (said(answer), answer.json()["choices"][0]["message"]["content"]) == ("miss", "next")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("askers", [1, 2])
+def test_what_is_being_made_during_a_purge_is_given_and_not_kept(askers: int) -> None:
+    async def scenario() -> None:
+        async with upstream([Step.STALL, whole("old")], [whole("new")]) as up, proxying(config(up.address)) as proxy:
+            asking = [asyncio.create_task(ask(proxy)) for _ in range(askers)]
+            await eventually(lambda: flights(proxy) == askers and up.open == 1)
+            assert proxy.cached
+            await proxy.cached.purge()
+            up.release()
+            assert [(await task).json()["choices"][0]["message"]["content"] for task in asking] == ["old"] * askers
+            assert [said(await ask(proxy)) for _ in range(2)] == ["miss", "hit"]
+            assert len(up.requests) == 2
+
+    run(scenario())
+
+
+def test_who_must_have_it_anew_makes_it_beside_another_and_is_the_one_whose_answer_stays() -> None:
+    async def scenario() -> None:
+        plays = [[Step.STALL, whole("old")], [whole("new")]]
+        async with upstream(*plays) as up, proxying(config(up.address)) as proxy:
+            first = asyncio.create_task(ask(proxy))
+            await eventually(lambda: flights(proxy) == 1 and up.open == 1)
+            anew = await ask(proxy, cache={"no-cache": True})
+            assert (said(anew), anew.json()["choices"][0]["message"]["content"]) == ("bypass", "new")
+            up.release()
+            assert (await first).json()["choices"][0]["message"]["content"] == "old"
+            kept = await ask(proxy)
+            assert (said(kept), kept.json()["choices"][0]["message"]["content"]) == ("hit", "new")
 
     run(scenario())
 
