@@ -185,15 +185,11 @@ class Cached:
     ) -> Reply:
         """Say what the cache did; of a kept answer, who gave it, and how old it is."""
         self._results[exchange.cache] += 1
-        said = _SAYS[exchange.cache]
-        if name is None:
-            reply.headers.append(said)
-        elif entry is None:
-            reply.headers += (said, (b"x-polyvox-cache-key", hexlify(name)))
-        else:
+        reply.headers.append(_SAYS[exchange.cache])
+        if name is not None:
+            reply.headers.append((b"x-polyvox-cache-key", hexlify(name)))
+        if entry is not None:
             reply.headers += (
-                said,
-                (b"x-polyvox-cache-key", hexlify(name)),
                 (b"x-polyvox-model", entry.model.encode()),
                 (b"x-polyvox-endpoint", entry.endpoint.encode()),
                 (b"age", b"%d" % entry.age(self._clock())),
@@ -244,7 +240,12 @@ class Cached:
         else:
             self._alone[wanted.flight] = wanted
             try:
-                made = await (self._find(wanted) if self._seeks else self._generate(wanted))
+                if self._seeks:
+                    made = await self._find(wanted)
+                else:  # as _generate, whose way through a coroutine more would cost 2 us
+                    made = await wanted.walk(whole=True).answer()
+                    if (entry := self._made(wanted, made, made.document if made.body is None else None)) is not None:
+                        self._store.put(wanted.key, entry)
             except BaseException as error:
                 self._fail(wanted, error)
                 raise
@@ -299,10 +300,11 @@ class Cached:
     async def _generate(self, wanted: Wanted, claim: Claim | None = None) -> Reply:
         """Have an endpoint answer, for all who wait, and keep what it says."""
         reply = await wanted.walk(whole=True).answer()
-        if wanted.shared is not None:
-            body = await _passed(reply, wanted.shared, wanted)
-        else:
-            body = reply.document if reply.body is None else None
+        body = reply.document if reply.body is None else None
+        if reply.is_event_stream and reply.status == 200 and wanted.asked.envelope.stream:
+            assert wanted.shared
+            wanted.shared.begin(reply, wanted.exchange.endpoint, streams=True)
+            body = await _passed(reply, wanted.shared)
         if (entry := self._made(wanted, reply, body)) is not None:
             wanted.kept = entry
             if (storing := self._store.put(wanted.key, entry, claim)) is not None:
@@ -312,6 +314,8 @@ class Cached:
     def _made(self, wanted: Wanted, reply: Reply, body: bytes | None) -> Entry | None:
         """An answer is there: tell those who wait; return what is to be kept of it."""
         exchange, tally, ttl, own = wanted.exchange, reply.tally, wanted.rule.ttl or 0.0, wanted.wish.ttl
+        if wanted.shared is not None and wanted.shared.reply is None:
+            wanted.shared.begin(reply, exchange.endpoint, streams=False)
         if body is None or reply.status != 200:
             self._end(wanted, None)
             return None
@@ -387,12 +391,9 @@ async def _now(found: Awaitable[T] | T) -> T:
     return await found if isinstance(found, Awaitable) else found
 
 
-async def _passed(reply: Reply, flight: Flight, wanted: Wanted) -> bytes | None:
-    """Pass an answer to all who wait for it; return all of it, None if that is more than is kept."""
-    streams = reply.is_event_stream and reply.status == 200 and wanted.asked.envelope.stream
-    flight.begin(reply, wanted.exchange.endpoint, streams=streams)
-    if not streams or reply.body is None:
-        return reply.document if reply.body is None else None
+async def _passed(reply: Reply, flight: Flight) -> bytes | None:
+    """Pass a stream to all who wait for it; return all of it, None if that is more than is kept."""
+    assert reply.body is not None
     flight.put(reply.opening)
     passing, more = b"", True
     while more:
