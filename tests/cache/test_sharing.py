@@ -125,11 +125,12 @@ def test_a_plain_request_that_began_may_leave_before_its_answer() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("askers", [1, 2])
-def test_a_plain_generation_ends_when_all_have_left(askers: int) -> None:
+def test_a_generation_ends_when_all_have_left_before_it_begins(askers: int, stream: bool) -> None:
     async def scenario() -> None:
         async with upstream([Step.STALL, whole("never")], [whole("next")]) as up, proxying(config(up.address)) as proxy:
-            asking = [asyncio.create_task(ask(proxy)) for _ in range(askers)]
+            asking = [asyncio.create_task(ask(proxy, stream=stream)) for _ in range(askers)]
             await eventually(lambda: flights(proxy) == askers and up.open == 1)
             for task in asking:
                 task.cancel()
@@ -141,16 +142,21 @@ def test_a_plain_generation_ends_when_all_have_left(askers: int) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("askers", [1, 2])
-def test_what_is_being_made_during_a_purge_is_given_and_not_kept(askers: int) -> None:
+def test_what_is_being_made_during_a_purge_is_given_and_not_kept(askers: int, stream: bool) -> None:
+    old = HEAD + chunk(ROLE, event(content="old")) + END if stream else whole("old")
+
     async def scenario() -> None:
-        async with upstream([Step.STALL, whole("old")], [whole("new")]) as up, proxying(config(up.address)) as proxy:
-            asking = [asyncio.create_task(ask(proxy)) for _ in range(askers)]
+        async with upstream([Step.STALL, old], [whole("new")]) as up, proxying(config(up.address)) as proxy:
+            asking = [asyncio.create_task(ask(proxy, stream=stream)) for _ in range(askers)]
             await eventually(lambda: flights(proxy) == askers and up.open == 1)
             assert proxy.cached
             await proxy.cached.purge()
             up.release()
-            assert [(await task).json()["choices"][0]["message"]["content"] for task in asking] == ["old"] * askers
+            answers = [await task for task in asking]
+            said_all = [text_of(a.text) if stream else a.json()["choices"][0]["message"]["content"] for a in answers]
+            assert said_all == ["old"] * askers
             assert [said(await ask(proxy)) for _ in range(2)] == ["miss", "hit"]
             assert len(up.requests) == 2
 
@@ -169,6 +175,53 @@ def test_who_must_have_it_anew_makes_it_beside_another_and_is_the_one_whose_answ
             assert (await first).json()["choices"][0]["message"]["content"] == "old"
             kept = await ask(proxy)
             assert (said(kept), kept.json()["choices"][0]["message"]["content"]) == ("hit", "new")
+
+    run(scenario())
+
+
+def test_a_stream_that_is_purged_while_it_passes_is_not_kept() -> None:
+    play = [HEAD + chunk(ROLE, event(content="one ")), Step.STALL, chunk(event(content="two")) + END]
+
+    async def scenario() -> None:
+        async with upstream(play, [whole("new")]) as up, proxying(config(up.address)) as proxy:
+            async with streaming(proxy) as (_, text):
+                begun = await until(text, "one ")
+                assert proxy.cached
+                await proxy.cached.purge()
+                up.release()
+                assert text_of(begun + await rest(text)) == "one two"
+            assert said(await ask(proxy)) == "miss"
+
+    run(scenario())
+
+
+def test_who_reads_a_stream_alone_and_leaves_ends_it() -> None:
+    play = [HEAD + chunk(ROLE, event(content="one ")), Step.STALL]
+
+    async def scenario() -> None:
+        async with upstream(play, [whole("next")]) as up, proxying(config(up.address)) as proxy:
+            async with streaming(proxy) as (_, text):
+                await until(text, "one ")
+            await eventually(lambda: up.open == 0)
+            await eventually(lambda: proxy.running() == 0 and proxy.in_flight() == 0)
+            assert (flights(proxy), said(await ask(proxy))) == (0, "miss")
+
+    run(scenario())
+
+
+def test_who_joins_a_stream_after_its_first_reader_has_begun_outlives_him_and_ends_it() -> None:
+    play = [HEAD + chunk(ROLE, event(content="one ")), Step.STALL]
+
+    async def scenario() -> None:
+        async with upstream(play) as up, proxying(config(up.address)) as proxy:
+            async with streaming(proxy) as (_, second_text):
+                await until(second_text, "one ")
+                async with streaming(proxy) as (_, third):
+                    await until(third, "one ")
+                await eventually(lambda: flights(proxy) == 1)
+                assert up.open == 1
+            await eventually(lambda: flights(proxy) == 0 and up.open == 0)
+            await eventually(lambda: proxy.running() == 0 and proxy.in_flight() == 0)
 
     run(scenario())
 
