@@ -129,9 +129,13 @@ class Cached:
         return msgspec.structs.replace(found, entries=stats.entries, bytes=stats.bytes)
 
     def sums(self) -> Report:
-        """Return what the caches of all workers have told, of the others as of a moment ago."""
+        """Return what the caches of all workers have told, of the others as of a moment ago.
+
+        How much a shared store holds, others decide as well, and only it can tell: that is None.
+        """
         self._tell()
-        return self._bulletin.all()
+        found = self._bulletin.all()
+        return msgspec.structs.replace(found, entries=None, bytes=None) if self._store.is_shared else found
 
     async def run(self) -> None:
         """Drop for ever what this worker is told to, also while nobody asks it for anything; tell what it keeps."""

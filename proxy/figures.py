@@ -146,8 +146,10 @@ def stored(told: Report) -> Iterator["Metric"]:
     """Yield what Prometheus is shown of the stores of all workers."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    yield GaugeMetricFamily("polyvox_cache_entries", "Answers that are kept", value=told.entries or 0)
-    yield GaugeMetricFamily("polyvox_cache_bytes", "Memory that kept answers take", value=told.bytes or 0)
+    if told.entries is not None:
+        yield GaugeMetricFamily("polyvox_cache_entries", "Answers that are kept", value=told.entries)
+    if told.bytes is not None:
+        yield GaugeMetricFamily("polyvox_cache_bytes", "Memory that kept answers take", value=told.bytes)
     yield CounterMetricFamily("polyvox_cache_stores", "Answers that were kept", value=told.stored)
     yield CounterMetricFamily("polyvox_cache_evictions", "Answers that made room for others", value=told.evicted)
 

@@ -64,7 +64,7 @@ def parse(asked: Mapping[str, str], model_called: Callable[[str], str]) -> Purge
 class Report(msgspec.Struct, frozen=True):
     """What the caches of all workers hold and have done. hit_rate: of requests that looked, with those that joined.
 
-    entries, bytes: None where there are too many to count.
+    entries, bytes: None where there are too many to count, or nobody has.
     """
 
     entries: int | None

@@ -64,6 +64,17 @@ async def kept(server):
     await eventually(lambda: not any(server.client.scan_iter("*:claim:*")))
 
 
+def test_a_replica_does_not_say_how_much_is_kept_elsewhere(server):
+    async def scenario():
+        async with replicas(server, [whole("Hello")]) as (one, _, _):
+            assert said(await ask(one)) == "miss"
+            await kept(server)
+            await eventually(lambda: one.page().value("polyvox_cache_stores_total") == 1)
+            assert not one.page().series("polyvox_cache_entries") + one.page().series("polyvox_cache_bytes")
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("streams", [(False, False), (True, False), (False, True), (True, True)])
 def test_what_one_has_kept_the_other_gives(server, streams):
     async def scenario():
