@@ -100,7 +100,8 @@ class Cached:
             await self._catch_up()
         if wish.no_cache:
             exchange.cache = "bypass"
-            self._flights.pop(flight, None)  # what it makes is newer
+            self._flights.pop(flight, None)  # what it makes is newer than theirs
+            self._alone.pop(flight, None)
             return await self._lead(wanted)
         exchange.cache = "miss"
         if flight in self._flights or flight in self._alone:  # 2

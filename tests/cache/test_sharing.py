@@ -163,14 +163,16 @@ def test_what_is_being_made_during_a_purge_is_given_and_not_kept(askers: int, st
     run(scenario())
 
 
-def test_who_must_have_it_anew_makes_it_beside_another_and_is_the_one_whose_answer_stays() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_must_have_it_anew_makes_it_beside_another_and_is_the_one_whose_answer_stays(stream: bool) -> None:
+    new = HEAD + chunk(ROLE, event(content="new")) + END if stream else whole("new")
+
     async def scenario() -> None:
-        plays = [[Step.STALL, whole("old")], [whole("new")]]
-        async with upstream(*plays) as up, proxying(config(up.address)) as proxy:
+        async with upstream([Step.STALL, whole("old")], [new]) as up, proxying(config(up.address)) as proxy:
             first = asyncio.create_task(ask(proxy))
             await eventually(lambda: flights(proxy) == 1 and up.open == 1)
-            anew = await ask(proxy, cache={"no-cache": True})
-            assert (said(anew), anew.json()["choices"][0]["message"]["content"]) == ("bypass", "new")
+            anew = await ask(proxy, cache={"no-cache": True}, stream=stream)
+            assert said(anew) == "bypass"
             up.release()
             assert (await first).json()["choices"][0]["message"]["content"] == "old"
             kept = await ask(proxy)
