@@ -297,8 +297,8 @@ def test_groups_presets_and_ensembles_come_and_go(server: Server, remotes: tuple
     assert said["added"] == ["aliases.both", "aliases.short", "ensembles.council"]
     for name in ("both", "short", "council"):
         assert everywhere(server, chat(name)) == {200}
-    counted = scrape(server).value("polyvox_requests_total", model_name="council")
-    assert counted == 12
+    counted = 12
+    eventually(lambda: scrape(server).value("polyvox_requests_total", model_name="council") == counted)
     assert configure(server, configuration(remotes))["removed"] == said["added"]
     for name in ("both", "short", "council"):
         assert everywhere(server, chat(name)) == {404}
@@ -447,12 +447,18 @@ def test_counts_go_on_and_those_of_a_removed_model_are_kept(server: Server, remo
     wanted = configuration(remotes)
     wanted["models"]["passing"] = remote(remotes[0])
     configure(server, wanted)
+    name, start = "polyvox_requests_total", scrape(server)
+
+    def asked(model: str) -> float:
+        return scrape(server).value(name, model_name=model) - start.value(name, model_name=model)
+
     everywhere(server, chat("fast")), everywhere(server, chat("passing"))
+    eventually(lambda: (asked("fast"), asked("passing")) == (12, 12))  # counted once they are answered
     before = scrape(server)
     configure(server, configuration(remotes))
     everywhere(server, chat("fast"))
+    eventually(lambda: asked("fast") == 24)
     page = scrape(server)
-    name = "polyvox_requests_total"
     assert page.value(name, model_name="fast") == before.value(name, model_name="fast") + 12
     assert page.value(name, model_name="passing") == before.value(name, model_name="passing") >= 12
     assert page.series("polyvox_num_requests_running", model_name="passing") == []
